@@ -1,0 +1,40 @@
+"""dpteach: the helper package of a workbook on differentially private training.
+
+The rooms, from the ground up (each imports only from those before it):
+
+- ``data``, ``models``, ``mechanism``, ``accounting``: what to train on, what to train, the four moves of DP-SGD, and ε
+- ``training``: one generator for every way to train
+- ``plots``: pictures described once, drawn as live SVG or as a still
+- ``explorer``: sliders over real training
+
+``import dpteach`` loads none of them: a name is loaded when it is first used.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Data": "data", "load_mnist": "data", "two_moons": "data",
+    "poisson_batches": "mechanism", "per_sample_gradients": "mechanism", "clip": "mechanism",
+    "clipped_sum": "mechanism", "add_noise": "mechanism",
+    "epsilon": "accounting", "epsilon_path": "accounting", "noise_multiplier_for": "accounting",
+    "Settings": "training", "Step": "training", "train": "training",
+    "Explorer": "explorer", "Viewer": "explorer", "Range": "explorer",
+    "Playground": "explorer", "Scene": "explorer",
+}
+_ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "mechanism", "models", "plots", "training")
+
+__all__ = ["__version__", *_HOME, *_ROOMS]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"dpteach.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"dpteach.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dpteach' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

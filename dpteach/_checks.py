@@ -1,0 +1,42 @@
+"""One sentence for each bad argument: its name, its value, what it may be."""
+
+import math
+import numbers
+
+
+def number(name: str, value, *, low: float, above: bool = False, high: float = math.inf, below: bool = True) -> float:
+    """``value`` as a float, if it lies in the range; else ``ValueError`` naming the argument.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave.
+        low, high: the range's ends.
+        above: ``low`` itself is not allowed.
+        below: ``high`` itself is not allowed.
+    """
+    allowed = f"{'>' if above else '>='} {low:g}"
+    if high < math.inf:
+        allowed += f" and {'<' if below else '<='} {high:g}"
+    elif below:
+        allowed += " and finite"
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if real and not math.isnan(value):
+        number = float(value)
+        if (number > low if above else number >= low) and (number < high if below else number <= high):
+            return number
+    raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+
+
+def whole(name: str, value, *, low: int) -> int:
+    """``value`` as an int, if it is a whole number of at least ``low``; else ``ValueError`` naming the argument."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if real and math.isfinite(value) and value == int(value) and value >= low:
+        return int(value)
+    raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def choice(name: str, value, allowed) -> str:
+    """``value``, if it is one of ``allowed``; else ``ValueError`` that lists them."""
+    if value in tuple(allowed):
+        return value
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,170 @@
+"""What to train on: MNIST, whole, and two moons for the pictures with a decision boundary."""
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpteach._checks import number, whole
+
+BUNDLED = Path(__file__).resolve().parent.parent / "data" / "mnist"
+
+# SHA-256 of the unpacked files: the ones in data/mnist/SHA256SUMS, kept here for an install without that folder.
+CHECKSUMS = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Data(torch.utils.data.Dataset):
+    """Records and their labels; also a PyTorch data set that hands out a whole batch at once.
+
+    Args:
+        X: ``(n, ...)`` float32, one record per row.
+        y: ``(n,)`` int64, one label per record.
+
+    Raises:
+        ValueError: if ``X`` and ``y`` differ in length, or there is no record at all.
+
+    >>> data = Data(torch.zeros(5, 2), torch.arange(5))
+    >>> len(data), data.take([0, 3]).y
+    (5, tensor([0, 3]))
+    """
+
+    X: Tensor
+    y: Tensor
+
+    def __post_init__(self):
+        if len(self.X) != len(self.y) or len(self.X) == 0:
+            raise ValueError(f"X and y must have the same length, at least 1, got {len(self.X)} and {len(self.y)}")
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __repr__(self) -> str:
+        return f"Data({len(self):,} records of shape {tuple(self.X.shape[1:])})"
+
+    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+        return self.X[index], self.y[index]
+
+    # A DataLoader asks for a whole batch through this name: no item by item collation (use an identity collate_fn).
+    __getitems__ = __getitem__
+
+    def take(self, indices) -> "Data":
+        """The records at ``indices`` (an int count takes the first ones), as a ``Data`` of their own."""
+        if isinstance(indices, int):
+            indices = slice(whole("indices", indices, low=1))
+        return Data(self.X[indices], self.y[indices])
+
+
+def cache_folder() -> Path:
+    """Where unpacked data is kept: ``$DPTEACH_CACHE``, else ``dpteach`` in the user's cache folder."""
+    if os.environ.get("DPTEACH_CACHE"):
+        return Path(os.environ["DPTEACH_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpteach"
+
+
+def load_mnist(train: bool = True) -> Data:
+    """MNIST: 60,000 training or 10,000 test images of handwritten digits.
+
+    The copy in ``data/mnist`` is unpacked once into :func:`cache_folder`. Where that copy is absent, torchvision
+    downloads the same files. Each file's SHA-256 is checked at every load.
+
+    Args:
+        train: the training images, or else the test images.
+
+    Returns:
+        ``X`` (n, 1, 28, 28) float32 in [0, 1]; ``y`` (n,) int64 in 0…9. No statistic of the data is used for scaling.
+
+    Raises:
+        ValueError: if a file is truncated or altered; names the file, the expected and the found checksum.
+        FileNotFoundError: if there is neither a copy nor a way to download one; says what to do.
+
+    Source: LeCun, Cortes, Burges; CC BY-SA 3.0. See ``data/mnist/README.md``.
+    """
+    from torchvision.datasets import MNIST  # slow to import, and only needed here
+
+    root = cache_folder()
+    raw = root / "MNIST" / "raw"
+    for name in CHECKSUMS:
+        packed = BUNDLED / f"{name}.gz"
+        if not (raw / name).exists() and packed.exists():
+            _unpack(packed, raw / name)
+    if not all((raw / name).exists() for name in CHECKSUMS):
+        _download(MNIST, root)
+    for name in CHECKSUMS:
+        _verify(raw / name, hashlib.sha256((raw / name).read_bytes()).hexdigest(),
+                "Delete this file: the next load makes it anew.")
+    images = MNIST(root, train=train, download=False)
+    return Data(images.data.unsqueeze(1).to(torch.float32) / 255, images.targets.to(torch.int64))
+
+
+def _verify(path: Path, found: str, cure: str) -> None:
+    expected = CHECKSUMS[path.name.removesuffix(".gz")]
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged or altered: its (unpacked) SHA-256 must be {expected}, found {found}. {cure}"
+        )
+
+
+def _unpack(packed: Path, target: Path) -> None:
+    content = io.BytesIO()
+    try:
+        with gzip.open(packed) as stream:
+            while chunk := stream.read(1 << 20):
+                content.write(chunk)
+    except (OSError, EOFError, zlib.error):
+        pass  # what could be read has another checksum, and the next line says so
+    _verify(packed, hashlib.sha256(content.getvalue()).hexdigest(),
+            "Fetch this file again from the project's repository.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part.write_bytes(content.getvalue())
+    os.replace(part, target)  # whole or not at all, also when two processes unpack at once
+
+
+def _download(mnist, root: Path) -> None:
+    try:
+        mnist(root, download=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"MNIST was not found: no copy in {BUNDLED}, none in {root}, and the download failed "
+            f"({type(error).__name__}: {error}). Connect to the internet and try again, or copy the four files of "
+            f"data/mnist from the project's repository to {BUNDLED}."
+        ) from error
+
+
+def two_moons(n: int, seed: int = 0, *, noise: float = 0.2) -> Data:
+    """Two interleaved half circles, one per class: a toy whose decision boundary can be drawn.
+
+    Args:
+        n: number of records, split over the two classes as evenly as possible.
+        seed: the same seed gives the same records.
+        noise: standard deviation of the Gaussian scatter, in the units of the axes.
+
+    Returns:
+        ``X`` (n, 2) float32 around the origin, ``y`` (n,) int64 in {0, 1}, in random order.
+
+    Raises:
+        ValueError: if ``n`` < 2 or ``noise`` is negative or not finite.
+    """
+    n = whole("n", n, low=2)
+    noise = number("noise", noise, low=0)
+    generator = torch.Generator().manual_seed(whole("seed", seed, low=0))
+    y = torch.arange(n) % 2
+    angle = math.pi * torch.rand(n, generator=generator)
+    side = 1.0 - 2.0 * y
+    X = torch.stack([side * angle.cos() + y - 0.5, side * angle.sin() + 0.5 * y - 0.25], dim=1)
+    X = X + noise * torch.randn(n, 2, generator=generator)
+    order = torch.randperm(n, generator=generator)
+    return Data(X[order], y[order])

@@ -1,0 +1,330 @@
+"""Notebook 01: where a training loop learns about a record, and how that shows from outside."""
+
+import copy
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from dpteach.data import two_moons
+from dpteach.exercises.core import Complaint, Wrong, choose, coding, value
+from dpteach.mechanism import per_sample_gradients
+from dpteach.models import mlp
+from dpteach.training import Settings, train
+
+# 1.1: which line?
+
+where_it_learns = choose(
+    "1.1",
+    hint="Stop after each line and compare the model's weights with the ones from before it. Which line changed "
+         "them?",
+    answer="e",
+    wrong=[
+        Wrong("a",
+              "line a decides in which batch your record comes. It looks at the number of records, not at what is in"
+              " them, and leaves the weights as they are."),
+        Wrong("b",
+              "line b reads your record into a batch. The record is now in the computer's memory, but nothing has "
+              "gone into the weights."),
+        Wrong("c",
+              "line c asks the model about your record. The loss depends on your record, but asking a model does not"
+              " change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)"),
+        Wrong("d",
+              "line d computes the gradient, and your record has a share in it. But it is stored beside the weights:"
+              " delete it before the next line, and the model never learns of you."),
+        Wrong("f",
+              "line f tells the loss to somebody outside. That says something about your record, and we come back to"
+              " it, but the model itself learns nothing from it."),
+    ],
+    praise="only the step changes the weights. Your record gets into the model through the gradient, once per epoch."
+           " A private loop must change what is handed to this line.",
+    solution="**e.** `optimizer.step()` is the only line that changes the weights. It subtracts the learning rate "
+             "times the mean of the records' gradients, and yours is one of them.",
+)
+
+
+# 1.2: the loudest record
+
+LIMIT = 2.0  # what a check before training lets pass, in both coordinates: about the range of the data
+LOUD = 1.4  # times the longest gradient in the data
+
+
+def loudest_record(model, data):
+    corners = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])  # as far out as is allowed
+    with torch.no_grad():
+        logits = model(corners)
+    labels = logits.argmin(dim=1)  # there, the label that the model finds least likely
+    loudest = F.cross_entropy(logits, labels, reduction="none").argmax()
+    return corners[loudest], labels[loudest]
+
+
+def _far_and_expected(model, data):
+    x = torch.tensor([LIMIT, LIMIT])
+    with torch.no_grad():
+        return x, model(x.unsqueeze(0))[0].argmax()
+
+
+def _most_uncertain(model, data):
+    with torch.no_grad():
+        logits = model(data.X)
+    row = (logits[:, 0] - logits[:, 1]).abs().argmin()
+    return data.X[row], 1 - data.y[row]
+
+
+def _loudest_of_the_data(model, data):
+    row = per_sample_gradients(model, F.cross_entropy, data.X, data.y).norm(dim=1).argmax()
+    return data.X[row], data.y[row]
+
+
+def _wrong_label_in_the_middle(model, data):
+    with torch.no_grad():
+        logits = model(data.X)
+    row = (logits[:, 0] - logits[:, 1]).abs().median(dim=0).indices
+    return data.X[row] + 0.001, logits[row].argmin()
+
+
+def _ordinary(model, data):
+    with torch.no_grad():
+        logits = model(data.X)
+    row = (logits[:, 0] - logits[:, 1]).abs().median(dim=0).indices
+    return data.X[row] + 0.001, logits[row].argmax()
+
+
+def _through_the_wall(model, data):
+    return torch.tensor([-1e6, 1e6]), 1
+
+
+def _no_such_label(model, data):
+    return torch.tensor([-LIMIT, LIMIT]), 2
+
+
+@functools.cache
+def _trained():
+    data, model = two_moons(2000, seed=0), mlp(seed=0)
+    for _ in train(model, data, Settings(epochs=20, lr=0.05), method="sgd"):
+        pass
+    return model, data
+
+
+def _what_it_does(fn, args):
+    """The record that ``fn`` returns, in a few words: how loud it is, and if it is not, why not."""
+    model, data = args
+    weights, X = copy.deepcopy(model.state_dict()), data.X.clone()
+    record = fn(model, data)
+    if record is None or record is ... or record is NotImplemented:
+        return record
+    if any(not torch.equal(weights[name], now) for name, now in model.state_dict().items()):
+        raise Complaint("your function changes the model's weights. Look at the model, and leave it as it is.")
+    if not torch.equal(data.X, X):
+        raise Complaint("your function changes the data in place. Make a new tensor instead.")
+    x, y = _record(record)
+    if not x.isfinite().all() or x.abs().max() > LIMIT:
+        return "outside"
+    if y not in (0, 1):
+        return "no such label"
+    loudest = _loudness(model, data.X, data.y).max()
+    if _loudness(model, x.unsqueeze(0), torch.tensor([y]))[0] >= LOUD * loudest:
+        return "loud"
+    if ((data.X == x).all(dim=1) & (data.y == y)).any():
+        return "a record of the data"
+    with torch.no_grad():
+        lead = membership_scores(model(x.unsqueeze(0)), torch.tensor([y])).item()
+    if abs(lead) < 0.5:
+        return "undecided"
+    if lead < 0:
+        return "a wrong label, but not far enough"
+    return "far, with the expected label" if (x.abs() > data.X.abs().amax(dim=0)).any() else "quiet"
+
+
+def _loudness(model, X, y):
+    return per_sample_gradients(model, F.cross_entropy, X, y).norm(dim=1)
+
+
+def _record(record):
+    if not isinstance(record, (tuple, list)) or len(record) != 2:
+        raise Complaint(f"your function must return a pair (x, y), got a {type(record).__name__}.")
+    x, y = record
+    if not isinstance(x, torch.Tensor) or x.shape != (2,):
+        found = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise Complaint(f"x must be a tensor of shape (2,), got {found}.")
+    try:
+        return x.detach().float(), int(y)
+    except (TypeError, ValueError, RuntimeError):
+        raise Complaint(f"y must be a label, 0 or 1, got a {type(y).__name__}.") from None
+
+
+shout = coding(
+    "1.2",
+    hint="The gradient is large where the model is sure and wrong, and it grows with the coordinates of the record. "
+         "Try the four corners that are allowed. Which label does the model not expect there?",
+    reference=loudest_record,
+    inputs=[lambda: copy.deepcopy(_trained())],
+    observe=_what_it_does,
+    wrong=[
+        Wrong(_far_and_expected,
+              "your record lies at the edge, but it has the label that the model expects there. Then the loss is "
+              "nearly 0, and the gradient too. Being extreme is not enough: the model must also be wrong about the "
+              "record."),
+        Wrong(_most_uncertain,
+              "you chose a record that the model is unsure about. There, the probability of its label is about one "
+              "half, so the error that goes into the gradient is one half as well. A label that the model is sure is"
+              " wrong gives twice that, and more at the edge of what is allowed."),
+        Wrong(_loudest_of_the_data,
+              "this record is in the data already, so it cannot be louder than all of them. You need not choose from"
+              " the data: the loop takes any record that a person hands in."),
+        Wrong(_wrong_label_in_the_middle,
+              "the model is wrong about your record, which is what you want. But the gradient of the first layer is "
+              "the error times the record's coordinates, and yours are too small. Go to the edge of what is allowed."),
+        Wrong(_ordinary,
+              "the model already gives this record its label, so there is little left to learn from it. Loud records"
+              " are those that the model is sure about, and wrong."),
+        Wrong(_through_the_wall,
+              "both coordinates must be finite and lie between -2 and 2: other records are rejected before training."
+              " (Without such a check, the gradient has no limit at all.)"),
+        Wrong(_no_such_label,
+              "the label must be 0 or 1. The loss of any other label is an error, so the loop would stop."),
+    ],
+    praise="one record is louder than all 2,000 of the data, and it passes the check on its values. Nothing in the "
+           "loop limits what one record does to the update. Notebook 02 puts such a limit there.",
+)
+
+
+# 1.3: the attack's score
+
+
+def membership_scores(logits, labels):
+    rows = labels.unsqueeze(1)  # (n, 1): one column per record
+    given = logits.double().gather(1, rows).squeeze(1)
+    others = logits.double().scatter(1, rows, -torch.inf)  # a copy in which the record's own label can't win
+    return given - others.amax(dim=1)
+
+
+def _loss(logits, labels):
+    return F.cross_entropy(logits.double(), labels, reduction="none")
+
+
+def _log_probability(logits, labels):
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def _probability(logits, labels):
+    return logits.softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _lead_of_the_prediction(logits, labels):
+    best = logits.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def _confidence(logits, labels):
+    return logits.softmax(dim=1).amax(dim=1)
+
+
+def _lead_over_the_mean(logits, labels):
+    given = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return given - (logits.sum(dim=1) - given) / (logits.shape[1] - 1)
+
+
+def _lead_over_itself(logits, labels):
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - logits.amax(dim=1)
+
+
+def _logit_alone(logits, labels):
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _turned_round(logits, labels):
+    return -membership_scores(logits, labels)
+
+
+def _mean_of_all(logits, labels):
+    return membership_scores(logits, labels).mean()
+
+
+def _logits(scale: float):
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(40, 10, generator=generator), torch.randint(0, 10, (40,), generator=generator)
+
+
+def _sure():
+    return torch.tensor([[40.0, 0.0, -1.0], [60.0, 3.0, 1.0], [-2.0, 0.5, 90.0]]), torch.tensor([0, 0, 2])
+
+
+score = coding(
+    "1.3",
+    hint="`logits.gather(1, labels.unsqueeze(1))` takes each record's own logit. For the best of the others, first "
+         "put minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a "
+         "changed copy.",
+    reference=membership_scores,
+    inputs=[lambda: _logits(1.0), lambda: _logits(5.0), _sure],
+    wrong=[
+        Wrong(_loss,
+              "this is the loss. It is low for the records that the model has memorised, so it points the wrong way "
+              "round: the attack would call the members non-members."),
+        Wrong(_log_probability,
+              "minus the loss points the right way, but it ends at 0. For a lead of 40 and for a lead of 90 it is "
+              "exactly 0: the records that the model knows best all get one score, and the attack can't order them. "
+              "Stay with the logits."),
+        Wrong(_probability,
+              "the probability of the label ends at 1. For a lead of 40 and for a lead of 90 it is exactly 1: the "
+              "records that the model knows best all get one score. Stay with the logits, before the softmax."),
+        Wrong(_lead_of_the_prediction,
+              "you measure how sure the model is of its own prediction. It may be sure of another label than the "
+              "record's. The question is if the model has learned the label that this record came with."),
+        Wrong(_confidence,
+              "this is the probability of the label that the model predicts, and your function never looks at the "
+              "labels. A model that contradicts a record's label has not memorised that record."),
+        Wrong(_lead_over_the_mean,
+              "you subtract the mean of the other logits. One strong rival among nine weak ones then counts for "
+              "little. Compare the label with its best rival."),
+        Wrong(_lead_over_itself,
+              "your maximum includes the label itself. So every record that the model gets right scores exactly 0, "
+              "and the members, which are nearly all right, can't be ordered. Leave the label out first."),
+        Wrong(_logit_alone,
+              "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, "
+              "but changes your score. Compare the label with its best rival."),
+        Wrong(_turned_round,
+              "the sign is turned round: you subtract the label's logit from its best rival's. The attack would call"
+              " the members non-members."),
+        Wrong(_mean_of_all,
+              "you return one number for all records together. An attack asks about one person, so it needs one "
+              "score per record."),
+    ],
+    praise="one score per record: above 0 where the model says the given label, and higher the more sure it is, "
+           "without a ceiling.",
+)
+
+
+# 1.4: what an answer of the attack is worth
+
+base_rate = value(
+    "1.4",
+    hint="Imagine 10,000 people. How many are members, and how many of these does the attack call members? How many "
+         "of the others?",
+    answer=0.9 * 0.01 / (0.9 * 0.01 + 0.1 * 0.99),
+    wrong=[
+        Wrong(0.9,
+              "0.9 is the share of the members that the attack finds. The question goes the other way: of those that"
+              " it names, how many are members?"),
+        Wrong(0.1,
+              "0.1 is the share of the non-members that the attack names by mistake. How many people is that, when "
+              "99 of 100 are non-members?"),
+        Wrong(0.01,
+              "0.01 is the share of members before the attack has spoken. Its answer does tell you something."),
+        Wrong(0.009,
+              "0.009 is the share of all people that are members *and* are named. Divide it by the share of people "
+              "that are named."),
+        Wrong(0.108,
+              "0.108 is the share of all people that are named. Which part of these are members?"),
+        Wrong(0.099 / 0.108,
+              "this is the share of the named people that are *not* members. You want the others."),
+        Wrong(100 / 12,
+              "this is the answer in percent. Give it as a share, between 0 and 1."),
+    ],
+    praise="about 1 in 12. It was 1 in 100 before. The attack multiplied the odds by nine (0.9 / 0.1), and still "
+           "most of the people that it names are not members.",
+    solution="Of 10,000 people 100 are members, and the attack names 90 of them. Of the 9,900 others it names 990. "
+             "So of the 1,080 people that it names, 90 are members: $90 / 1080 \\approx 0.083$.",
+)
+
+EXERCISES = [where_it_learns, shout, score, base_rate]

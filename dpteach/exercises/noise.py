@@ -1,0 +1,513 @@
+"""The exercises of notebook 03: the noisy mean, the Poisson batch, a division that leaks, and an attacker's belief."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpteach.exercises.core import Complaint, Wrong, coding, value
+
+
+def _repeats(call: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
+    """1 if the same seed in ``generator`` gives the same result again, else 0."""
+    generator.manual_seed(1)
+    once = call()
+    generator.manual_seed(1)
+    return torch.tensor(float(torch.equal(once, call())))
+
+
+def noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    """The gradient that DP-SGD hands to the optimizer: clipped is (B, P), the result is (P,)."""
+    summed = clipped.sum(0)  # zeros for an empty batch: it needs no case of its own
+    noise = torch.randn(summed.shape, generator=generator)
+    return (summed + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _forgot_c(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * noise) / expected_batch_size
+
+
+def _forgot_sigma(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + max_grad_norm * noise * (noise_multiplier > 0)) / expected_batch_size
+
+
+def _divided_first(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return clipped.sum(0) / expected_batch_size + noise_multiplier * max_grad_norm * noise
+
+
+def _divided_twice(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise / expected_batch_size) / expected_batch_size
+
+
+def _a_draw_for_each_row(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape, generator=generator)
+    return (clipped + noise_multiplier * max_grad_norm * noise).sum(0) / expected_batch_size
+
+
+def _actual_size(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / len(clipped)
+
+
+def _mean_of_the_actual_batch(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return clipped.mean(0) + noise_multiplier * max_grad_norm * noise / expected_batch_size
+
+
+def _noise_on_the_mean(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return clipped.mean(0) + noise_multiplier * max_grad_norm * noise
+
+
+def _one_draw_for_all(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(1, generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _root_of_the_std(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + math.sqrt(noise_multiplier * max_grad_norm) * noise) / expected_batch_size
+
+
+def _square_of_the_std(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + (noise_multiplier * max_grad_norm) ** 2 * noise) / expected_batch_size
+
+
+def _silent_when_empty(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    if len(clipped) == 0:
+        return torch.zeros(clipped.shape[1])
+    return noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator)
+
+
+def _the_sum(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    return noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, 1, generator)
+
+
+def _no_noise(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    return clipped.sum(0) / expected_batch_size
+
+
+def _centred_uniform(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = math.sqrt(12) * (torch.rand(clipped.shape[1], generator=generator) - 0.5)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _bare_uniform(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.rand(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _own_seed(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=torch.Generator().manual_seed(0))
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _ignores_the_generator(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1])
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _noise_traits(fn: Any, args: tuple) -> Any:
+    """The result itself where σ = 0; else what is typical of the noise, over 20 draws of every coordinate."""
+    clipped, noise_multiplier, _, expected_batch_size, generator = args
+    P = clipped.shape[1]
+
+    def call() -> Any:
+        try:
+            return fn(*args)
+        except ZeroDivisionError:  # a division by the actual size, as a Python number
+            return torch.full((P,), math.nan)
+
+    first = call()
+    if not isinstance(first, Tensor):
+        return first
+    if first.shape != (P,):
+        raise Complaint(f"your function must return one number for each coordinate of the gradient, shape {(P,)}, "
+                        f"got {tuple(first.shape)}.")
+    if noise_multiplier == 0:
+        return first
+    # Every column of the input is the same, so that coordinates differ by the noise only.
+    noise = torch.stack([call() for _ in range(20)]) - clipped.sum(0) / expected_batch_size
+    if not noise.isfinite().all():
+        return torch.full((5,), math.nan)
+    std, between_draws = noise.std(), noise.std(dim=0).mean()
+    return torch.stack([
+        noise.mean(),
+        std,
+        between_draws,
+        noise.std(dim=1).mean(),  # between coordinates
+        ((noise - noise.mean()).abs() <= std).float().mean(),  # 0.68 if Gaussian
+        _repeats(call, generator),
+    ])
+
+
+_NOISY_MEAN = coding(
+    "3.1",
+    hint="Four steps: add up the rows; draw `torch.randn` once, in the shape of that *sum*, with `generator=generator`; "
+         "multiply the draw by σ·C and add it; divide everything by `expected_batch_size`. What is the sum of a matrix "
+         "with no rows, and does your code do the right thing with it?",
+    reference=noisy_mean_gradient,
+    observe=_noise_traits,
+    rtol=0.05,
+    atol=0.03,
+    inputs=(
+        lambda: (torch.tensor([[0.6, -0.8, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.5], [-1.0, 0.0, 0.0], [0.9, 0.1, 0.2]]),
+                 0.0, 1.0, 2, torch.Generator().manual_seed(0)),
+        lambda: (torch.full((5, 2000), 0.04), 1.5, 2.0, 8, torch.Generator().manual_seed(1)),
+        lambda: (torch.full((12, 2000), 0.01), 0.8, 0.5, 3, torch.Generator().manual_seed(2)),
+        lambda: (torch.zeros(0, 2000), 1.5, 2.0, 8, torch.Generator().manual_seed(3)),  # an empty batch
+    ),
+    wrong=(
+        Wrong(_no_noise,
+              "there is no noise in your result, whatever σ is. Then the attacker reads off with certainty whether you took "
+              "part. Draw `torch.randn` in the shape of the sum, times σ·C."),
+        Wrong(_forgot_c,
+              "your noise has standard deviation σ on the sum; it must be σ·C. σ is only the *multiplier*: one record moves the "
+              "sum by up to C, so the noise must grow with C. For C = 2 you gave half the noise that ε is computed for."),
+        Wrong(_forgot_sigma,
+              "your noise has standard deviation C on the sum; it must be σ·C. The noise multiplier does nothing in your code, "
+              "so ε would be computed for noise that nobody added."),
+        Wrong(_divided_first,
+              "you divided the sum by the expected batch size first, and then added noise of standard deviation σ·C. That noise "
+              "is meant for the *sum*: on the mean it is too large, by a factor of the batch size, and the model learns "
+              "nothing. Add first, then divide both."),
+        Wrong(_divided_twice,
+              "you divided the noise by the batch size twice. This is noise for the *mean*, added to the *sum*: too little by a "
+              "factor of the batch size, so the real ε is far above the reported one. Add σ·C to the sum, then divide once."),
+        Wrong(_a_draw_for_each_row,
+              "you drew noise for each record's row. The draws add up: the variance is as many times too large as the batch has "
+              "rows, and an empty batch gets no noise at all. Draw once, for the sum."),
+        Wrong(_actual_size,
+              "you divided by the actual batch size. It changes when one record joins, so the division tells who was in, and an "
+              "empty batch divides by zero. Divide by the expected batch size, which is n·q for every batch."),
+        Wrong(_mean_of_the_actual_batch,
+              "your noise is right, but `mean(0)` divides the gradients by the *actual* batch size. In a small batch one record "
+              "then moves the result by far more than C / expected batch size, and the noise does not cover that; an empty "
+              "batch gives NaN. Take the sum, and divide by the expected batch size."),
+        Wrong(_noise_on_the_mean,
+              "you added noise of standard deviation σ·C to `mean(0)`. Two things are mixed up: σ·C belongs to the *sum*, and "
+              "`mean` divides by the actual batch size. Sum, add the noise, then divide by the expected batch size."),
+        Wrong(_one_draw_for_all,
+              "you drew one number and added it to every coordinate. It cancels in the difference of two coordinates, and what "
+              "remains has no noise at all. Draw one number for each coordinate."),
+        Wrong(_root_of_the_std,
+              "you took σ·C for the *variance*; it is the standard deviation. `torch.randn` has standard deviation 1, so "
+              "multiply it by σ·C itself, without the square root."),
+        Wrong(_square_of_the_std,
+              "you multiplied the noise by σ²·C². That is its *variance*. `torch.randn` has standard deviation 1, so multiply "
+              "it by σ·C."),
+        Wrong(_silent_when_empty,
+              "an empty batch gets zeros from you, without noise. Then an update of exactly zero says with certainty that nobody "
+              "took part. The sum of an empty batch is zeros, and it gets the same noise as any other."),
+        Wrong(_the_sum,
+              "the noisy sum is right, but you did not divide it. The learning rate would then depend on the batch size. Divide "
+              "by the expected batch size."),
+        Wrong(_bare_uniform,
+              "`torch.rand` is uniform between 0 and 1: it is never negative, so it pushes every coordinate up, and it has an "
+              "end, beyond which the attacker is certain. Use `torch.randn`, the Gaussian."),
+        Wrong(_centred_uniform,
+              "the size of the noise is right, but it is not Gaussian: uniform noise has an end, and beyond it the attacker is "
+              "certain. The accountants compute ε for Gaussian noise. Use `torch.randn`."),
+        Wrong(_own_seed,
+              "you seed the random numbers inside the function, so every step gets the *same* noise: in the difference of two "
+              "updates it is gone. Draw from the generator that is handed to you."),
+        Wrong(_ignores_the_generator,
+              "the noise is right, but it does not come from `generator`, so nobody can repeat your run. Pass "
+              "`generator=generator` to `torch.randn`."),
+    ),
+    praise="noise of standard deviation σ·C on the sum, once for each coordinate, divided by the expected batch size; and an "
+           "empty batch gets it too.",
+)
+
+def poisson_batch(n, sample_rate, generator):
+    """The indices of one Poisson batch: each of the n records takes part with probability sample_rate."""
+    takes_part = torch.rand(n, generator=generator) < sample_rate  # one draw for each record
+    return torch.nonzero(takes_part).squeeze(1)
+
+
+def _fixed_size(n, sample_rate, generator):
+    return torch.randperm(n, generator=generator)[: int(n * sample_rate)]
+
+
+def _with_replacement(n, sample_rate, generator):
+    return torch.randint(n, (int(n * sample_rate),), generator=generator)
+
+
+def _block(n, sample_rate, generator):
+    start = torch.randint(n, (1,), generator=generator)
+    return (start + torch.arange(int(n * sample_rate))) % n
+
+
+def _first_records(n, sample_rate, generator):
+    return torch.arange(int(n * sample_rate))
+
+
+def _the_others(n, sample_rate, generator):
+    return torch.nonzero(torch.rand(n, generator=generator) >= sample_rate).squeeze(1)
+
+
+def _one_coin_for_all(n, sample_rate, generator):
+    return torch.arange(n) if torch.rand(1, generator=generator) < sample_rate else torch.arange(0)
+
+
+def _poisson_count(n, sample_rate, generator):
+    size = int(torch.poisson(torch.tensor(n * sample_rate), generator=generator))
+    return torch.randperm(n, generator=generator)[:size]
+
+
+def _never_empty(n, sample_rate, generator):
+    batch = poisson_batch(n, sample_rate, generator)
+    return batch if len(batch) else torch.randint(n, (1,), generator=generator)
+
+
+def _again_until_not_empty(n, sample_rate, generator):
+    batch = poisson_batch(n, sample_rate, generator)
+    while len(batch) == 0:
+        batch = poisson_batch(n, sample_rate, generator)
+    return batch
+
+
+def _gaussian_draws(n, sample_rate, generator):
+    return torch.nonzero(torch.randn(n, generator=generator) < sample_rate).squeeze(1)
+
+
+def _own_seed_batch(n, sample_rate, generator):
+    return poisson_batch(n, sample_rate, torch.Generator().manual_seed(0))
+
+
+def _global_generator(n, sample_rate, generator):
+    return torch.nonzero(torch.rand(n) < sample_rate).squeeze(1)
+
+
+def _batch_traits(fn: Any, args: tuple) -> Any:
+    """What is typical of many batches: how many records, how that varies, which records, in which company."""
+    n, sample_rate, generator = args
+    first = fn(*args)
+    if not isinstance(first, Tensor):
+        return first
+    if first.dtype == torch.bool:
+        raise Complaint(f"your function must return the indices of the records, got {len(first)} times True or False. "
+                        "`torch.nonzero(...).squeeze(1)` makes indices of them.")
+    if first.ndim != 1 or first.is_floating_point() or first.is_complex():
+        raise Complaint(f"your function must return whole numbers in one row, shape (b,), got {first.dtype} of shape "
+                        f"{tuple(first.shape)}.")
+    batches = [fn(*args) for _ in range(2000)]
+    everyone = torch.cat(batches)
+    if len(everyone) and not 0 <= int(everyone.min()) <= int(everyone.max()) < n:
+        raise Complaint(f"your function must return indices from 0 to {n - 1}, got some from {int(everyone.min())} to "
+                        f"{int(everyone.max())}.")
+    counts = torch.stack([torch.bincount(batch, minlength=n) for batch in batches]).double()  # (2000, n)
+    sizes, inside = counts.sum(1), (counts > 0).double()
+    return torch.stack([
+        sizes.mean() / (n * sample_rate),
+        sizes.std() / math.sqrt(n * sample_rate * (1 - sample_rate)),
+        inside.mean() / sample_rate,  # below the first where a record is drawn twice
+        inside.mean(0).max(),  # the luckiest record
+        (inside[:, 1:] * inside[:, :-1]).mean() / sample_rate,  # two neighbours together
+        (sizes == 0).double().mean(),
+        (sizes == 1).double().mean(),
+        _repeats(lambda: fn(*args), generator),
+    ])
+
+
+_POISSON_BATCH = coding(
+    "3.2",
+    hint="`torch.rand(n, generator=generator)` draws one number between 0 and 1 for each record. What is the probability that "
+         "such a number is below q? `torch.nonzero(mask).squeeze(1)` turns a row of True and False into indices.",
+    reference=poisson_batch,
+    observe=_batch_traits,
+    rtol=0.08,
+    atol=0.03,
+    inputs=(
+        lambda: (100, 0.3, torch.Generator().manual_seed(0)),
+        lambda: (6, 0.25, torch.Generator().manual_seed(1)),  # often empty
+    ),
+    wrong=(
+        Wrong(_fixed_size,
+              "your batches always have the same size. In a batch of a fixed size the records are not independent: one that "
+              "gets in keeps another one out. The accountants compute ε for independent draws; for yours it is not the ε that "
+              "they report. Draw for each record on its own."),
+        Wrong(_with_replacement,
+              "`torch.randint` can pick a record twice. Its clipped gradient then counts twice, so it moves the sum by up to 2·C "
+              "or more, and the noise is made for C. Draw once for each record: in, or not in."),
+        Wrong(_block,
+              "your batch is a block of neighbours. Each record takes part at the right rate, but it always brings the same "
+              "company, so who knows one of them knows the others. Draw for each record on its own."),
+        Wrong(_first_records,
+              "your batch is always the same records, the first ones. They take part in every step and the others never: nobody "
+              "is hidden by chance, and most of the data is not used. Draw for each record, at each call."),
+        Wrong(_the_others,
+              "the comparison is the wrong way round: `rand > q` is true with probability 1 - q. Your batches hold the records "
+              "that should have stayed out, far too many of them."),
+        Wrong(_one_coin_for_all,
+              "you flip one coin for the whole data set: everybody, or nobody. The mean size is right, but one known record "
+              "gives away all the others. Draw n numbers, one for each record."),
+        Wrong(_poisson_count,
+              "you drew the batch *size* from a Poisson distribution. In spite of its name, Poisson sampling does not do that: it "
+              "flips a coin of probability q for each record, so the size is binomial and varies less."),
+        Wrong(_never_empty,
+              "you fill an empty batch with a record. That record takes part with a probability above q, and it is alone in its "
+              "batch. Return the empty batch: it gets noise like any other."),
+        Wrong(_again_until_not_empty,
+              "you draw again until the batch is not empty. Each record then takes part with a probability above q, and ε was "
+              "computed for q. Return the empty batch: it gets noise like any other."),
+        Wrong(_gaussian_draws,
+              "`torch.randn` is Gaussian: it is below q far more often than in a share q of the draws. Use `torch.rand`, uniform "
+              "between 0 and 1."),
+        Wrong(_own_seed_batch,
+              "you seed the random numbers inside the function, so every step gets the same batch. Draw from the generator that "
+              "is handed to you."),
+        Wrong(_global_generator,
+              "the batches are right, but they do not come from `generator`, so nobody can repeat your run. Pass "
+              "`generator=generator` to `torch.rand`."),
+    ),
+    praise="one independent draw for each record. The sizes vary around n·q, and now and then a batch is empty, as it must be.",
+)
+
+_C, _EXPECTED = 1.0, 100
+
+
+def neighbours():
+    """A batch of clipped rows, shape (b, 2), and the clipped row of one record that joins it, shape (2,)."""
+    batch = torch.tensor([[1.0, 0.0]])  # a small batch: the mean follows a newcomer easily
+    record = torch.tensor([-1.0, 0.0])  # as long as C allows, and against all the others
+    return batch, record
+
+
+def _not_clipped():
+    return torch.tensor([[1.0, 0.0]]), torch.tensor([-30.0, 0.0])
+
+
+def _rows_not_clipped():
+    return torch.tensor([[40.0, 0.0], [40.0, 0.0]]), torch.tensor([-1.0, 0.0])
+
+
+def _ordinary_batch():
+    return torch.tensor([[1.0, 0.0]]).expand(100, 2).clone(), torch.tensor([-1.0, 0.0])
+
+
+def _same_direction():
+    return torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 0.0])
+
+
+def _empty_batch():
+    return torch.zeros(0, 2), torch.tensor([1.0, 0.0])
+
+
+def _short_rows():
+    return torch.tensor([[0.2, 0.0]]), torch.tensor([-0.2, 0.0])
+
+
+def _how_far(fn: Any, args: tuple) -> Any:
+    """A word for what the learner's pair does to ``clipped.mean(0)``."""
+    pair = fn()
+    if pair is None or pair is ... or pair is NotImplemented:
+        return pair
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+        raise Complaint("your function must return two tensors: the batch, and the record that joins it.")
+    batch, record = (part.double() for part in pair)
+    if batch.ndim != 2 or batch.shape[1] != 2 or record.shape != (2,):
+        raise Complaint(f"the batch must have shape (b, 2) and the record (2,), got {tuple(pair[0].shape)} and "
+                        f"{tuple(pair[1].shape)}.")
+    if not (batch.isfinite().all() and record.isfinite().all()):
+        raise Complaint("the rows must hold finite numbers.")
+    if record.norm() > _C * 1.0001:
+        return "record not clipped"
+    if (batch.norm(dim=1) > _C * 1.0001).any():
+        return "batch not clipped"
+    if len(batch) == 0:
+        return "empty"
+    moved = (torch.cat([batch, record[None]]).mean(0) - batch.mean(0)).norm().item()
+    if moved >= 49.99 * _C / _EXPECTED:  # 50 times, but for rounding
+        return "leaks"
+    if moved < 0.01 * _C / _EXPECTED:
+        return "does not move"
+    return "large batch" if len(batch) > 3 else "short rows"
+
+
+_NEIGHBOURS = coding(
+    "3.3",
+    hint="The sum moves by at most C = 1, whatever you do. The division decides what becomes of that. In a batch of b rows, "
+         "how much weight does one more row have in the mean? And which direction is farthest away from the others?",
+    reference=neighbours,
+    observe=_how_far,
+    inputs=(lambda: (),),
+    wrong=(
+        Wrong(_not_clipped,
+              "your record is longer than C = 1: clipping would have shortened it. The leak needs no such trick. Keep every row "
+              "within C, and look at the division."),
+        Wrong(_rows_not_clipped,
+              "a row of your batch is longer than C = 1: clipping would have shortened it. Keep every row within C, and look at "
+              "the division."),
+        Wrong(_ordinary_batch,
+              "in a batch this large, one record hardly moves the mean. Poisson batches vary in size, and when n·q is small they "
+              "may hold a record or two. Try a batch as small as that."),
+        Wrong(_same_direction,
+              "the mean does not move: your record is equal to the mean of the others, so nothing changes when it joins. Choose "
+              "a direction that the others do not have."),
+        Wrong(_empty_batch,
+              "an empty batch has no mean: 0 / 0 is NaN. That is one more reason against this division, but nothing that can be "
+              "measured here. Start with one row."),
+        Wrong(_short_rows,
+              "the mean moves, but by less than 50 times C / 100. Rows may be as long as C = 1; use that, and let the record "
+              "point against the others."),
+    ),
+    praise="with all rows clipped to C, one record moves this mean 50 times farther than the noise was made for, or more. A "
+           "division by the expected batch size can't be moved like that: the divisor is the same with and without you.",
+)
+
+_PRIOR, _SIGMA, _SEEN = 0.2, 0.8, 1.3
+_RATIO = math.exp((_SEEN - 0.5) / _SIGMA**2)  # e^1.25
+
+
+def _belief(prior: float, exponent: float) -> float:
+    odds = prior / (1 - prior) * math.exp(exponent)
+    return odds / (1 + odds)
+
+
+_POSTERIOR = value(
+    "3.4",
+    hint="Three steps: the likelihood ratio is exp((x - ½) / σ²); the odds are prior / (1 - prior); the new odds are the old "
+         "odds times the ratio. A probability is odds / (1 + odds).",
+    answer=_belief(_PRIOR, (_SEEN - 0.5) / _SIGMA**2),
+    wrong=(
+        Wrong(_RATIO,
+              "that is the likelihood ratio. It says how much the observation speaks for you, not yet what the attacker "
+              "believes: the prior is still to come, and a probability can't exceed 1."),
+        Wrong(_belief(0.5, (_SEEN - 0.5) / _SIGMA**2),
+              "you started from a prior of ½. This attacker thought 0.2 before the look, so the odds were 1 to 4, not 1 to 1."),
+        Wrong(_belief(_PRIOR, (_SEEN - 0.5) / _SIGMA),
+              "you divided by σ where σ² belongs: the exponent of a Gaussian has the *variance*. With σ below 1 this makes the "
+              "noise look better than it is."),
+        Wrong(_belief(_PRIOR, _SEEN - 0.5),
+              "you computed with σ = 1. Here σ is 0.8, and the ratio grows quickly as σ gets smaller."),
+        Wrong(_belief(_PRIOR, _SEEN / _SIGMA**2),
+              "you forgot the ½: the bells cross at ½, halfway between 0 and 1, and only what lies beyond speaks for you."),
+        Wrong(_belief(_PRIOR, (_SEEN - 0.5) / (2 * _SIGMA**2)),
+              "there is a factor 2 too much under your fraction. The squares differ by 2x - 1, and (2x - 1) / (2σ²) is "
+              "(x - ½) / σ²."),
+        Wrong(_belief(_PRIOR, -(_SEEN - 0.5) / _SIGMA**2),
+              "your ratio is upside down: the likelihood *with* you stands above the one *without* you. An observation beyond "
+              "½ must make the attacker believe more in you, not less."),
+        Wrong(_PRIOR * _RATIO,
+              "you multiplied the *probability* by the ratio. Bayes' rule multiplies the *odds*, 0.2 to 0.8; otherwise a larger "
+              "ratio would lead to a probability above 1."),
+        Wrong(_PRIOR / (1 - _PRIOR) * _RATIO,
+              "these are the odds, 0.87 to 1. The probability is odds / (1 + odds)."),
+        Wrong(_PRIOR,
+              "that is the prior: the observation has changed nothing for you. It speaks for you, by a ratio above 3."),
+    ),
+    praise="the ratio 3.49 lifts the odds from 1 : 4 to 0.87 : 1, and that is a probability of 0.47.",
+    solution="Ratio: exp((1.3 - ½) / 0.8²) = exp(1.25) ≈ 3.49. Odds before: 0.2 / 0.8 = 0.25. Odds after: 0.25 · 3.49 ≈ 0.873. "
+             "Probability after: 0.873 / 1.873 ≈ **0.466**.\n\n```python\n"
+             "answer_3_4 = posterior(1.3, noise_multiplier=0.8, prior=0.2)\n```",
+)
+
+EXERCISES = [_NOISY_MEAN, _POISSON_BATCH, _NEIGHBOURS, _POSTERIOR]

@@ -1,0 +1,129 @@
+"""The reference experiments: runs too long for a notebook, run once and stored with what is needed to repeat them.
+
+``python -m dpteach.experiments twenty-minute-guide`` writes ``data/results/twenty-minute-guide.csv``.
+"""
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dpteach import models
+from dpteach._checks import choice
+from dpteach.accounting import epsilon, noise_multiplier_for
+from dpteach.data import load_mnist
+from dpteach.training import Settings, train
+
+RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
+_GUIDE_DELTA = 1e-5
+
+
+def guide_run(n: int, target_epsilon: float | None, epochs: int, seed: int) -> Iterator[dict]:
+    """The recipe of the guide *Implement Differential Privacy in AI Model Training in 20 Minutes*, a row an epoch.
+
+    The small CNN on MNIST, plain SGD at learning rate 0.05, batch 256, C = 1, δ = 1e-5; σ from the target by PRV, as
+    ``make_private_with_epsilon`` finds it.
+
+    Args:
+        n: how many of the training images, from the first one on; the guide takes all 60,000.
+        target_epsilon: what the run may cost; None trains without privacy.
+        epochs: the guide trains for 10.
+        seed: of the weights, the batches and the noise.
+
+    Yields:
+        A dict by epoch: ``n, target_epsilon, seed, epochs, epoch, noise_multiplier, loss`` (mean over the epoch's batches),
+        ``accuracy`` (on the 10,000 test images), ``epsilon_prv`` and ``epsilon_rdp`` so far, ``seconds`` so far.
+    """
+    settings = Settings(epochs=epochs, batch_size=256, lr=0.05, target_delta=_GUIDE_DELTA, seed=seed)
+    q, per_epoch = settings.sample_rate(n), settings.steps_per_epoch(n)
+    sigma = 0.0 if target_epsilon is None else noise_multiplier_for(
+        target_epsilon=target_epsilon, sample_rate=q, steps=epochs * per_epoch, target_delta=_GUIDE_DELTA
+    )
+    settings = Settings(sigma, 1.0, epochs, 256, 0.05, _GUIDE_DELTA, seed)
+    began, losses = time.perf_counter(), []
+    for step in train(
+        models.cnn(seed=seed), load_mnist().take(n), settings,
+        method="sgd" if target_epsilon is None else "opacus", test_data=load_mnist(train=False),
+    ):
+        losses.append(step.loss)
+        if step.accuracy is None:
+            continue
+        spent = {
+            f"epsilon_{a}": "" if target_epsilon is None else round(epsilon(
+                noise_multiplier=sigma, sample_rate=q, steps=step.step, target_delta=_GUIDE_DELTA, accountant=a), 4)
+            for a in ("prv", "rdp")
+        }
+        yield {
+            "n": n, "target_epsilon": "" if target_epsilon is None else target_epsilon, "seed": seed, "epochs": epochs,
+            "epoch": step.epoch, "noise_multiplier": round(sigma, 6), "loss": round(sum(losses) / len(losses), 4),
+            "accuracy": step.accuracy, **spent, "seconds": round(time.perf_counter() - began, 1),
+        }
+        losses = []
+
+
+def _guide() -> Iterator[dict]:
+    for target in (None, 8.0, 1.0):
+        yield from guide_run(2000, target, 2, 0)  # the small rows that a test runs again
+    for seed in range(3):
+        for target in (None, 8.0, 1.0):
+            yield from guide_run(60_000, target, 10, seed)
+
+
+EXPERIMENTS = {"twenty-minute-guide": _guide}
+
+
+def run(name: str) -> Path:
+    """Run an experiment and store its rows, each with the versions that made it. Returns the file.
+
+    Raises:
+        ValueError: if there is no experiment of that name; lists the ones there are.
+    """
+    experiment = EXPERIMENTS[choice("name", name, EXPERIMENTS)]
+    made_with = {package: version(package) for package in ("torch", "opacus")}
+    made_with["threads"] = torch.get_num_threads()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target, part = RESULTS / f"{name}.csv", RESULTS / f"{name}.csv.part"
+    with part.open("w", newline="", encoding="utf8") as file:
+        writer = None
+        for row in experiment():
+            row = {**row, **made_with}
+            if writer is None:
+                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print(row, flush=True)
+    os.replace(part, target)
+    return target
+
+
+def load(name: str) -> list[dict]:
+    """The stored rows of an experiment: numbers as floats, an empty cell as None, anything else as text.
+
+    Raises:
+        ValueError: if there is no experiment of that name.
+        FileNotFoundError: if it has not been run; says how to.
+    """
+    path = RESULTS / f"{choice('name', name, EXPERIMENTS)}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing. Make it with: python -m dpteach.experiments {name}")
+    with path.open(newline="", encoding="utf8") as file:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> float | str | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or EXPERIMENTS:
+        print(f"wrote {run(name).name}")

@@ -1,0 +1,27 @@
+"""What every test file shares."""
+
+from contextlib import contextmanager
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)  # toy models: more threads are slower, and a second core may belong to someone else
+
+# The same examples in every run: a red test is red for everybody.
+hypothesis.settings.register_profile("dpteach", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dpteach")
+
+
+@pytest.fixture(scope="session")
+def refuses():
+    """``with refuses("lr", -1.0): ...``: one ValueError, in one line, with the argument, its value, what it may be."""
+
+    @contextmanager
+    def check(name, value):
+        with pytest.raises(ValueError) as caught:
+            yield
+        message = str(caught.value)
+        assert message.startswith(f"{name} must be ") and f"got {value!r}" in message and "\n" not in message, message
+
+    return check

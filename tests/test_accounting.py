@@ -1,0 +1,285 @@
+import functools
+import math
+import time
+import warnings
+
+import numpy as np
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
+from opacus.accountants.utils import get_noise_multiplier
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from dpteach.accounting import ACCOUNTANTS, epsilon, epsilon_path, noise_multiplier_for
+
+every_accountant = pytest.mark.parametrize("accountant", ACCOUNTANTS)
+
+# (σ, q, steps, δ): little and much noise, rare and certain sampling, one step and many. ε from 0.06 to 7.
+GRID = [
+    (0.6, 0.01, 50, 1e-6),
+    (0.7, 0.02, 50, 1e-5),
+    (1.0, 128 / 30_000, 1175, 1e-5),
+    (1.0, 0.02, 500, 1e-7),
+    (2.0, 0.05, 200, 1e-3),
+    (3.0, 0.01, 5000, 1e-5),
+    (5.0, 0.01, 100, 1e-5),
+    (5.0, 0.3, 500, 1e-5),
+    (1.5, 1.0, 3, 1e-5),
+]
+grid = pytest.mark.parametrize("sigma, q, steps, delta", GRID)
+
+
+def eps(sigma, q, steps, delta=1e-5, accountant="prv", **kwargs):
+    run = {"noise_multiplier": sigma, "sample_rate": q, "steps": steps, "target_delta": delta}
+    return epsilon(**run, accountant=accountant, **kwargs)
+
+
+# --- against the accountants of others ------------------------------------------------------------------------------
+
+
+def opacus_eps(accountant, sigma, q, steps, delta):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accountant = accountant()
+        accountant.history = [(sigma, q, steps)]
+        return accountant.get_epsilon(delta)
+
+
+@functools.cache
+def pld_of_dp_accounting(sigma, q, steps, delta):
+    event = SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+    return PLDAccountant().compose(event).get_epsilon(delta)
+
+
+@pytest.mark.parametrize("name, theirs", [("rdp", RDPAccountant), ("prv", PRVAccountant), ("gdp", GaussianAccountant)])
+@grid
+def test_epsilon_is_what_opacus_reports(name, theirs, sigma, q, steps, delta):
+    assert eps(sigma, q, steps, delta, name) == pytest.approx(opacus_eps(theirs, sigma, q, steps, delta), abs=1e-9)
+
+
+@grid
+def test_prv_lies_just_above_the_pld_of_dp_accounting_and_rdp_above_both(sigma, q, steps, delta):
+    pld = pld_of_dp_accounting(sigma, q, steps, delta)
+    prv = eps(sigma, q, steps, delta, "prv")
+    assert pld - 1e-3 <= prv <= 1.015 * pld + 0.02
+    assert eps(sigma, q, steps, delta, "rdp") >= max(pld, prv)
+    assert eps(sigma, q, steps, delta, "rdp-classic") >= eps(sigma, q, steps, delta, "rdp")
+
+
+def test_pld_is_the_one_of_dp_accounting():
+    assert eps(*GRID[4], "pld") == pld_of_dp_accounting(*GRID[4])
+
+
+def gaussian_eps(mu, delta):
+    """Exact: δ(ε) = Φ(μ/2 − ε/μ) − exp(ε)·Φ(−μ/2 − ε/μ) with μ = √steps / σ (Balle & Wang 2018, Theorem 8)."""
+
+    def excess(e):
+        return norm.cdf(mu / 2 - e / mu) - math.exp(e + norm.logcdf(-mu / 2 - e / mu)) - delta
+
+    return brentq(excess, 0, mu * mu + 20 * mu, xtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma, steps, delta", [(20.0, 1, 1e-5), (4.0, 1, 1e-3), (1.0, 1, 1e-8), (6.0, 9, 1e-5)])
+def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(sigma, steps, delta):
+    exact = gaussian_eps(math.sqrt(steps) / sigma, delta)
+    assert eps(sigma, 1.0, steps, delta, "pld") == pytest.approx(exact, abs=2e-3)
+    assert exact <= eps(sigma, 1.0, steps, delta, "prv") <= exact + 0.02
+    assert exact <= eps(sigma, 1.0, steps, delta, "rdp")
+
+
+# --- where a number could be too small to be true -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu, steps", [*((mu, 1) for mu in (10, 25, 32, 33, 33.4)), (1, 10_000), (30, 100_000)])
+def test_prv_stays_just_above_the_truth_at_large_epsilon_and_over_many_steps(mu, steps):
+    exact = gaussian_eps(mu, 1e-5)
+    assert exact <= eps(math.sqrt(steps) / mu, 1.0, steps) <= 1.0025 * exact + 0.02
+
+
+@pytest.mark.parametrize("mu", [33.6, 34, 40, 100])
+def test_prv_never_falls_below_the_truth_where_its_exponentials_overflow(mu):
+    exact = gaussian_eps(mu, 1e-5)  # 707 … 5,426; Opacus' own PRV says 711.6 for the last
+    assert exact <= eps(1 / mu, 1.0, 1) <= eps(1 / mu, 1.0, 1, accountant="rdp")
+
+
+@pytest.mark.parametrize("delta", [1e-11, 1e-13])
+def test_prv_never_falls_below_pld_at_small_delta(delta):
+    assert eps(1.0, 0.01, 1000, delta) >= pld_of_dp_accounting(1.0, 0.01, 1000, delta)
+
+
+@pytest.mark.parametrize(
+    "sigma, q, steps", [(0.3, 0.125, 4000), (0.3, 0.01, 100), (0.5, 0.1, 1000), (0.05, 0.5, 100)])
+def test_prv_stays_finite_quick_and_below_rdp_at_large_epsilon(sigma, q, steps):
+    start = time.process_time()
+    prv = eps(sigma, q, steps)
+    assert time.process_time() - start < 10
+    assert 20 < prv <= eps(sigma, q, steps, accountant="rdp") < math.inf
+
+
+def test_gdp_is_not_a_bound():
+    assert eps(*GRID[0], "gdp") < 0.3 * pld_of_dp_accounting(*GRID[0])
+
+
+# --- numbers that others have printed -------------------------------------------------------------------------------
+
+
+def test_the_five_epsilons_of_the_2020_blog():
+    def printed(q):
+        classic = {"accountant": "rdp-classic", "alphas": range(2, 32)}
+        return [round(eps(1.2, q, 235 * rounds, **classic), 2) for rounds in range(1, 6)]
+
+    assert printed(128 / 30_000) == [0.86, 0.90, 0.94, 0.97, 1.01]
+    assert printed(1 / 235) == [0.86, 0.90, 0.93, 0.97, 1.01]
+    by_order = {alpha: eps(1.2, 128 / 30_000, 1175, accountant="rdp-classic", alphas=[alpha]) for alpha in range(2, 32)}
+    assert min(by_order, key=by_order.get) == 15
+    assert eps(1.2, 128 / 30_000, 1175, accountant="rdp-classic") == by_order[15]  # these orders are the default
+
+
+def test_the_blog_s_first_round_costs_less_with_today_s_rdp():
+    assert round(eps(1.2, 128 / 30_000, 235, accountant="rdp"), 2) == 0.60
+
+
+def test_the_four_epsilons_of_the_aniti_talk():
+    def talk(n, epochs, sigma):
+        batches = math.ceil(n / 256)
+        return round(eps(sigma, 1 / batches, epochs * batches), 2)
+
+    assert talk(2000, 100, 1.0) == 28.86
+    assert talk(20_000, 10, 1.0) == 2.12
+    assert talk(20_000, 50, 1.0) == 4.84
+    assert talk(20_000, 10, 2.5) == 0.55
+
+
+# --- which way epsilon moves ----------------------------------------------------------------------------------------
+
+runs = st.fixed_dictionaries({
+    "sigma": st.floats(0.5, 10), "q": st.floats(0.001, 0.5),
+    "steps": st.integers(1, 2000), "delta": st.floats(1e-8, 1e-2),
+})
+
+
+def check_monotone(accountant, run, more, slack):
+    base = eps(**run, accountant=accountant)
+    noisier, oftener, longer, laxer = (
+        eps(**{**run, key: value}, accountant=accountant)
+        for key, value in (("sigma", run["sigma"] * more), ("q", min(1.0, run["q"] * more)),
+                           ("steps", math.ceil(run["steps"] * more)), ("delta", min(0.5, run["delta"] * more)))
+    )
+    assert noisier <= base + slack and laxer <= base + slack
+    assert oftener >= base - slack and longer >= base - slack
+    if 0.1 < base < 300:  # GDP's search ends at 500
+        assert noisier < base and laxer < base and oftener > base and longer > base
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "rdp-classic", "gdp"])
+@settings(max_examples=10)
+@given(run=runs, more=st.floats(1.1, 3))
+def test_epsilon_falls_with_sigma_and_delta_and_rises_with_q_and_steps(accountant, run, more):
+    check_monotone(accountant, run, more, slack=1e-9)
+
+
+@settings(max_examples=3)
+@given(run=runs, more=st.floats(1.1, 3))
+def test_prv_falls_with_sigma_and_delta_and_rises_with_q_and_steps(run, more):
+    assume(eps(**run, accountant="rdp") < 10)  # quick there
+    check_monotone("prv", run, more, slack=0.01)
+
+
+@every_accountant
+def test_no_noise_is_no_privacy_and_no_step_costs_nothing(accountant):
+    assert eps(0.0, 0.1, 10, accountant=accountant) == math.inf
+    assert eps(1.0, 0.1, 0, accountant=accountant) == 0.0
+    assert eps(0.0, 0.1, 0, accountant=accountant) == 0.0
+
+
+@every_accountant
+def test_epsilon_is_never_negative(accountant):
+    assert 0.0 <= eps(5.0, 0.01, 3, delta=0.9, accountant=accountant) < 0.01
+
+
+# --- the path -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accountant, steps", [("rdp", 200), ("rdp-classic", 200), ("gdp", 30), ("prv", 2)])
+def test_the_path_is_epsilon_at_every_step(accountant, steps):
+    path = epsilon_path(noise_multiplier=1.1, sample_rate=0.05, steps=steps, target_delta=1e-6, accountant=accountant)
+    wanted = [eps(1.1, 0.05, t, 1e-6, accountant) for t in range(1, steps + 1)]
+    assert path.dtype == np.float64 and path.tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_path_without_noise_is_infinite_and_without_steps_is_empty():
+    assert epsilon_path(noise_multiplier=0.0, sample_rate=0.1, steps=3).tolist() == [math.inf] * 3
+    assert epsilon_path(noise_multiplier=1.0, sample_rate=0.1, steps=0).shape == (0,)
+
+
+# --- and back -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accountant, target, q, steps", [
+    *((accountant, target, 0.1, 20) for accountant in ("rdp", "rdp-classic", "gdp") for target in (0.5, 3.0)),
+    ("prv", 0.5, 0.05, 4),
+    ("pld", 0.4, 1.0, 2),
+])
+def test_the_noise_for_a_budget_keeps_it_and_a_little_less_does_not(accountant, target, q, steps):
+    sigma = noise_multiplier_for(target_epsilon=target, sample_rate=q, steps=steps, accountant=accountant)
+    assert eps(sigma, q, steps, accountant=accountant) <= target < eps(sigma * 0.999, q, steps, accountant=accountant)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp"])
+def test_the_noise_for_a_budget_is_what_opacus_finds_within_its_tolerance(accountant):
+    budget = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.05, "steps": 4, "accountant": accountant}
+    ours = noise_multiplier_for(**budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_noise_multiplier(**budget, epsilon_tolerance=0.01)
+    assert ours <= theirs * 1.0005  # theirs stops up to 0.01 short of the budget
+    assert 0 <= 1.0 - eps(theirs, 0.05, 4, accountant=accountant) <= 0.01
+    assert 0 <= 1.0 - eps(ours, 0.05, 4, accountant=accountant) <= 0.01
+
+
+def test_a_budget_out_of_reach_says_so():
+    with pytest.raises(ValueError, match="must be reachable with a noise_multiplier up to 10000, got 1e-07"):
+        noise_multiplier_for(target_epsilon=1e-7, sample_rate=1.0, steps=1000, accountant="rdp")
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+BAD = [math.nan, True, "1", None]
+GOOD = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 10, "target_delta": 1e-5}
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("noise_multiplier", v) for v in (-0.1, math.inf, *BAD)),
+    *(("sample_rate", v) for v in (0, -0.1, 1.1, *BAD)),
+    *(("steps", v) for v in (-1, 1.5, math.inf, *BAD)),
+    *(("target_delta", v) for v in (0, 1, -1e-5, 2, *BAD)),
+    ("accountant", "moments"),
+])
+def test_bad_arguments_are_refused(refuses, name, value):
+    for function in (epsilon, epsilon_path):
+        with refuses(name, value):
+            function(**{**GOOD, name: value})
+    if name != "noise_multiplier":
+        budget = {"target_epsilon": 1.0, "sample_rate": 0.1, "steps": 10, "target_delta": 1e-5}
+        with refuses(name, value):
+            noise_multiplier_for(**{**budget, name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, *BAD])
+def test_budgets_that_are_no_epsilon_are_refused(refuses, value):
+    with refuses("target_epsilon", value):
+        noise_multiplier_for(target_epsilon=value, sample_rate=0.1, steps=10)
+
+
+@pytest.mark.parametrize("accountant, alphas, what", [
+    ("prv", [2, 3], "alphas must be left out with accountant 'prv'"),
+    ("rdp", [], "alphas must hold at least one order > 1, got none"),
+    ("rdp", [1], "alphas must be a number > 1 and finite, got 1"),
+])
+def test_orders_that_mean_nothing_are_refused(accountant, alphas, what):
+    with pytest.raises(ValueError, match=what):
+        epsilon(**GOOD, accountant=accountant, alphas=alphas)
