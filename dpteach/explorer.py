@@ -327,17 +327,21 @@ class Explorer(_Live):
             return self.status
         if not run.steps:
             return "No training has run yet."
-        parts = [f"{s.epochs} epochs at learning rate {s.lr:g}"]
+        parts = [f"{s.epochs} epochs at learning rate {s.lr:.3g}"]
         if self._method == "sgd":
             parts.append("no privacy (ε = ∞)")
         else:
-            parts.insert(0, f"σ = {s.noise_multiplier:g}, C = {s.max_grad_norm:g}")
+            parts.insert(0, f"σ = {s.noise_multiplier:.3g}, C = {s.max_grad_norm:.3g}")
             parts.append(self._cost(run))
-        accuracy, without = _last_accuracy(run.steps), _last_accuracy(run.baseline)
-        if accuracy is not None:
-            text = f"{self._accuracy_of} {accuracy:.0%}"
-            parts.append(text + (f", without privacy {without:.0%}" if without is not None else ""))
+        if self._reached(run):
+            parts.append(self._reached(run))
         return "; ".join(parts) + "." + (f" {run.ended}" if run.ended else "")
+
+    def _reached(self, run: _Run) -> str:
+        accuracy, without = _last_accuracy(run.steps), _last_accuracy(run.baseline)
+        if accuracy is None:
+            return ""
+        return f"{self._accuracy_of} {accuracy:.0%}" + (f", without privacy {without:.0%}" if without is not None else "")
 
     def _request(self, force: bool = False) -> None:
         with Explorer._turn:
@@ -409,8 +413,7 @@ class Explorer(_Live):
             steps.close()
         if run.exact is None and self._method != "sgd":
             self._make_exact(run, generation)
-        run.ended = run.ended or ""
-        self._show(generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self.summary()}")
+        self._show(generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self._reached(run)}.")
 
     def _train(self, model: nn.Module, settings: Settings, method: str) -> Iterator[Step]:
         with warnings.catch_warnings():
@@ -482,7 +485,7 @@ class Explorer(_Live):
         items.append(_line(run.steps, "loss", own, "with privacy" if own == "private" else "loss"))
         total = run.steps[-1].steps if run.steps else 1
         s = run.settings
-        told = f"Learning rate {s.lr:g}" if own == "non-private" else f"σ = {s.noise_multiplier:g}, C = {s.max_grad_norm:g}"
+        told = f"Learning rate {s.lr:.3g}" if own == "non-private" else f"σ = {s.noise_multiplier:.3g}, C = {s.max_grad_norm:.3g}"
         alt = f"{told}, {s.epochs} epochs. Loss by step: {_late_loss(run.steps)} at the end"
         alt += f", {_late_loss(run.baseline)} without privacy." if run.baseline else "."
         return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, total))
@@ -680,13 +683,15 @@ class Playground:
         self._kept.value = f'<div style="max-width:420px">{svg(self._panels())}</div>{table}' if self.pinned else ""
 
     def _panels(self) -> list[Panel]:
-        finite = [p for p in self.pinned if math.isfinite(p.epsilon)]
-        items: list[Any] = [Points([p.epsilon for p in finite], [p.accuracy for p in finite], "private", "with privacy")]
-        if finite:
-            items.append(Mark("non-private", "without privacy", y=max(p.accuracy_without_privacy for p in finite)))
-        told = "; ".join(f"ε {p.epsilon:.2f}: {p.accuracy:.0%}" for p in self.pinned)
-        return [Panel("Pinned runs", "ε of the whole run", "test accuracy", items,
-                      f"Test accuracy of the pinned runs by ε. {told}." if told else "No run is pinned.", x_log=True)]
+        # Accuracies on different data cannot be compared: the picture shows the data of the last pin, the table all.
+        scene = self.pinned[-1].scene if self.pinned else ""
+        pins = [p for p in self.pinned if p.scene == scene and math.isfinite(p.epsilon)]
+        items: list[Any] = [Points([p.epsilon for p in pins], [p.accuracy for p in pins], "private", "with privacy")]
+        if pins:
+            items.append(Mark("non-private", "without privacy", y=max(p.accuracy_without_privacy for p in pins)))
+        told = "; ".join(f"ε {p.epsilon:.2f}: {p.accuracy:.0%}" for p in pins)
+        return [Panel(f"Pinned runs: {scene}", "ε of the whole run", "test accuracy", items,
+                      f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.", x_log=True)]
 
     def still(self):
         """The pinned runs as a matplotlib figure, ε across and accuracy upward."""
@@ -724,7 +729,7 @@ def _slider(name: str, value: float, limits: Range) -> widgets.Widget:
         slider = widgets.FloatLogSlider(
             value=value, step=step, style=style, layout=layout,
             min=start - step * round((start - math.log10(low)) / step), max=start + step * round((math.log10(high) - start) / step),
-            description=_words(name), readout_format=".0f" if limits.whole else ".2g",
+            description=_words(name), readout_format=".0f" if limits.whole else ".3g",
         )
     elif limits.whole:
         slider = widgets.IntSlider(value=value, min=int(low), max=int(high), style=style, layout=layout, description=_words(name))

@@ -276,7 +276,7 @@ def _svg_panel(panel: Panel) -> str:
             path = _filled(shape, spots[np.isfinite(spots).all(axis=1)])
             out.append(
                 f'<path d="{path}" fill="none" stroke="{colour}" stroke-opacity=".6" stroke-linecap="round" '
-                f'stroke-width="{1.2 if item.cross else 4}"/>'
+                f'stroke-width="{1.2 if item.cross else 4 if len(spots) > 30 else 7}"/>'
             )
         elif isinstance(item, Bars):
             edges, base = px(item.edges), _TOP + inner_h
@@ -330,7 +330,8 @@ def _matplotlib_panel(axes, panel: Panel) -> None:
         elif isinstance(item, Band):
             axes.fill_between(_array(item.xs), _array(item.low), _array(item.high), alpha=0.2, linewidth=0, **style)
         elif isinstance(item, Points):
-            axes.scatter(item.xs, item.ys, s=14 if item.cross else 8, alpha=0.6, marker="x" if item.cross else "o",
+            size = 14 if item.cross else 8 if len(item.xs) > 30 else 28
+            axes.scatter(item.xs, item.ys, s=size, alpha=0.6, marker="x" if item.cross else "o",
                          linewidths=1 if item.cross else 0, **style)
         elif isinstance(item, Bars):
             axes.stairs(item.heights, item.edges, fill=True, alpha=0.45, **style)
@@ -343,6 +344,11 @@ def _matplotlib_panel(axes, panel: Panel) -> None:
     if panel.y_log:
         axes.set_yscale("log")
     axes.set(xlim=(x0, x1), ylim=(y0, y1))
+    for axis, log, ends in ((axes.xaxis, panel.x_log, (x0, x1)), (axes.yaxis, panel.y_log, (y0, y1))):
+        if log:  # matplotlib's own labels overlap on an axis of less than a decade
+            ticks = _ticks(*ends, True, 5)
+            axis.set_ticks(ticks, [_tick_text(tick) for tick in ticks])
+            axis.set_ticks([], minor=True)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel(panel.x_label, fontsize=9)
     axes.set_ylabel(panel.y_label, fontsize=9)

@@ -82,12 +82,12 @@ def test_a_dragged_slider_shows_in_a_new_frame_within_a_moment(lab):
         before = lab.frames()[-1]
         lab.drag("noise multiplier", [0.2 + 0.06 * k])
         let_go = lab.now()
-        shown = lab.until(f"f.ms > {let_go} && /σ = ([\\d.]+)/.exec(f.alt)?.[1] != '{sigma(before):g}' && f.status.startsWith('Training')")
+        shown = lab.until(f"f.ms > {let_go} && /σ = ([\\d.]+)/.exec(f.alt)?.[1] != '{sigma(before):.3g}' && f.status.startsWith('Training')")
         waits.append(shown - let_go)
         lab.page.wait_for_timeout(150)
     print(f"\nslider to new frame: median {statistics.median(waits):.0f} ms, {min(waits):.0f} to {max(waits):.0f}")
     assert statistics.median(waits) <= SLOWEST_FRAME, waits
-    assert float(f"{sigma(lab.frames()[-1]):.2g}") == readout(lab, "noise multiplier")
+    assert float(f"{sigma(lab.frames()[-1]):.3g}") == readout(lab, "noise multiplier")
 
 
 def test_stop_stops_at_once_and_no_frame_follows(lab):
@@ -113,8 +113,8 @@ def test_sixty_quick_changes_end_on_the_last_setting_with_one_thread(lab):
     lab.page.wait_for_timeout(1000)
     assert lab.execute(THREADS).strip() == "['dpteach-train']"
     shown = readout(lab, "noise multiplier")
-    assert float(f"{sigma(lab.frames()[-1]):.2g}") == shown
-    assert float(f"{float(lab.execute('print(explorer._run.settings.noise_multiplier)')):.2g}") == shown
+    assert float(f"{sigma(lab.frames()[-1]):.3g}") == shown
+    assert float(f"{float(lab.execute('print(explorer._run.settings.noise_multiplier)')):.3g}") == shown
     lab.click("Stop")
     lab.until("f.status.startsWith('Stopped') && i === window.frames_seen.length - 1")
     lab.page.wait_for_timeout(500)

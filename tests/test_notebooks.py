@@ -16,6 +16,8 @@ import dpteach
 
 torch.set_num_threads(1)  # small models train faster on one core"""
 
+MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:Explorer|Viewer|Playground)\("
+
 
 @pytest.fixture(params=PATHS, ids=[p.stem for p in PATHS])
 def path(request):
@@ -68,9 +70,9 @@ def test_it_stores_no_widget_state_and_no_path_of_a_machine(path, notebook):
 
 def test_every_explorer_leaves_a_still_and_its_sentence(notebook):
     cells = code(notebook)
-    live = [i for i, c in enumerate(cells) if re.search(r"= (Explorer|Viewer|Playground)\(", c.source)]
+    live = [i for i, c in enumerate(cells) if re.search(MAKES_LIVE, c.source)]
     for i in live:
-        name = re.search(r"(\w+) = (?:Explorer|Viewer|Playground)\(", cells[i].source).group(1)
+        name = re.search(MAKES_LIVE, cells[i].source).group(1)
         after = cells[i + 1]
         assert f"{name}.wait(" in after.source and "print(" in after.source, after.source
         assert [o for o in after.outputs if "image/png" in o.get("data", {})], after.source

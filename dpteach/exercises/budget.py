@@ -7,7 +7,6 @@ from typing import Any
 from dpteach.accounting import epsilon
 from dpteach.exercises.core import Exercise, Verdict, Wrong, choose, coding
 
-
 # 4.1: what does a run cost?
 
 
@@ -163,26 +162,29 @@ _TOO_GENTLE = (
     "for less noise with a small sampling rate."
 )
 _TOO_CLOSE = (
-    "GDP says less than PRV here, but more than half of it. Go on in this direction: a lower noise multiplier, a smaller "
-    "sampling rate, fewer steps."
+    "GDP says less than PRV here, but more than half of it. Go on in this direction: a lower noise multiplier, a "
+    "smaller sampling rate, fewer steps."
 )
 _TOO_HIGH = (
     "here GDP says more than PRV: it errs in both directions. At a sampling rate of 1, or near it, it says too much; "
     "look at small sampling rates."
 )
 _TOO_CHEAP = (
-    f"PRV's ε is below {_AT_LEAST:g} here. Both numbers are so small that nobody would be misled, and PRV itself is only "
-    "good to 0.01. Spend more: less noise or more steps."
+    f"PRV's ε is below {_AT_LEAST:g} here. Both numbers are so small that nobody would be misled, and PRV itself is "
+    "only good to 0.01. Spend more: less noise or more steps."
 )
 _TOO_DEAR = (
-    f"ε is above {_AT_MOST:g} here: no accountant makes this run look private, and PRV gets slow. Use more noise or fewer "
-    "steps."
+    f"ε is above {_AT_MOST:g} here: no accountant makes this run look private, and PRV gets slow. Use more noise or "
+    "fewer steps."
 )
-_OUT_OF_RANGE = "the noise multiplier must lie between 0.4 and 10, the sampling rate in (0, 1], and the steps in 1 ... 10000."
+_OUT_OF_RANGE = (
+    "the noise multiplier must lie between 0.4 and 10, the sampling rate in (0, 1], and the steps in 1 ... 10000."
+)
 _NOT_THREE = "the answer must be three numbers: (noise_multiplier, sample_rate, steps)."
 _FOUND = (
-    "GDP reports less than half of what the run costs. A step that rarely samples you, but with little noise when it does, "
-    "has a privacy loss with a long tail, and GDP replaces it by a bell curve. Never publish GDP's number as a guarantee."
+    "GDP reports less than half of what the run costs. A step that rarely samples you, but with little noise when it "
+    "does, has a privacy loss with a long tail, and GDP replaces it by a bell curve. Never publish GDP's number as a "
+    "guarantee."
 )
 
 
@@ -218,47 +220,54 @@ def _examine_gdp(answer: Any) -> Verdict:
 EXERCISES = [
     coding(
         "4.1",
-        hint="An epoch is ⌈n / batch_size⌉ steps (`math.ceil`). Opacus' loader, and `train`, use one over that number as "
-             "the sampling rate. `epsilon(...)` wants the steps of the whole run.",
+        hint="An epoch is ⌈n / batch_size⌉ steps (`math.ceil`). Opacus' loader, and `train`, use one over that "
+             "number as the sampling rate. `epsilon(...)` wants the steps of the whole run.",
         reference=price,
         inputs=[
             lambda: (2000, 256, 5, 1.0, 1e-6),
             lambda: (20_000, 300, 3, 2.0, 1e-7),
         ],
         wrong=[
-            Wrong(delta_from_batches, "you used δ = 1 / (number of batches). δ is about records, not batches: at such a δ, "
-                                      "even a mechanism that publishes a whole record now and then would pass. Use target_delta."),
-            Wrong(delta_from_records, "you used δ = 1/n. A mechanism that publishes one random record outright has exactly "
-                                      "that δ, and ε = 0. Use target_delta, which has to be well below 1/n."),
-            Wrong(delta_left_out, "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5, and the "
-                                  "number that you report belongs to another δ."),
-            Wrong(epochs_as_steps, "you counted one step for each epoch. The noise is added once a *step*, and an epoch has "
-                                   "⌈n / batch_size⌉ of them: your ε is far too small."),
-            Wrong(records_as_steps, "you counted one step for each *record* of an epoch. A step takes a whole batch: an epoch "
-                                    "has ⌈n / batch_size⌉ steps."),
-            Wrong(no_sampling, "you charged every step as if it used all the records (sample_rate = 1). A record is in a "
-                               "batch only with probability q, and this chance to be left out makes the step much cheaper."),
-            Wrong(one_record_sampled, "your sample_rate is 1/n: the rate of a batch of one record. q is the probability that "
-                                      "a record is in the batch: one over the number of steps in an epoch."),
-            Wrong(epochs_added_up, "you multiplied the ε of one epoch by the number of epochs. That is a true bound, but a "
-                                   "very loose one: the accountant composes all the steps together. Give it the steps of the whole run."),
-            Wrong(steps_added_up, "you multiplied the ε of one step by the number of steps. That is a true bound, but so loose "
-                                  "that it is useless: give the accountant the number of steps instead."),
-            Wrong(last_batch_dropped, "you rounded the steps of an epoch down (n // batch_size). The loader rounds up: the last, "
-                                      "smaller batch is a step too, and it costs."),
-            Wrong(exact_share, "almost: your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / batch_size⌉, "
-                               "which differs where batch_size does not divide n. Charge the rate that the loader really uses."),
-            Wrong(noise_divided_by_batch, "you divided σ by the batch size. The noise multiplier belongs to the *sum* of the "
-                                          "clipped gradients; dividing the noisy sum afterwards costs no privacy and saves none."),
-            Wrong(other_accountant, "right count, other accountant: these are PRV's values. Pass accountant=\"rdp\" here, so "
-                                    "that everyone gets the same number at once."),
+            Wrong(delta_from_batches, "you used δ = 1 / (number of batches). δ is about records, not batches: at "
+                                      "such a δ, even a mechanism that publishes a whole record now and then would "
+                                      "pass. Use target_delta."),
+            Wrong(delta_from_records, "you used δ = 1/n. A mechanism that publishes one random record outright has "
+                                      "exactly that δ, and ε = 0. Use target_delta, which has to be well below 1/n."),
+            Wrong(delta_left_out, "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5, "
+                                  "and the number that you report belongs to another δ."),
+            Wrong(epochs_as_steps, "you counted one step for each epoch. The noise is added once a *step*, and an "
+                                   "epoch has ⌈n / batch_size⌉ of them: your ε is far too small."),
+            Wrong(records_as_steps, "you counted one step for each *record* of an epoch. A step takes a whole batch: "
+                                    "an epoch has ⌈n / batch_size⌉ steps."),
+            Wrong(no_sampling, "you charged every step as if it used all the records (sample_rate = 1). A record is "
+                               "in a batch only with probability q, and this chance to be left out makes the step "
+                               "much cheaper."),
+            Wrong(one_record_sampled, "your sample_rate is 1/n: the rate of a batch of one record. q is the "
+                                      "probability that a record is in the batch: one over the number of steps in an "
+                                      "epoch."),
+            Wrong(epochs_added_up, "you multiplied the ε of one epoch by the number of epochs. That bounds the "
+                                   "run very loosely, and at a larger δ. The accountant composes all the steps "
+                                   "together: give it the steps of the whole run."),
+            Wrong(steps_added_up, "you multiplied the ε of one step by the number of steps. That bounds the run so "
+                                  "loosely that it is useless: give the accountant the number of steps instead."),
+            Wrong(last_batch_dropped, "you rounded the steps of an epoch down (n // batch_size). The loader rounds "
+                                      "up: the last, smaller batch is a step too, and it costs."),
+            Wrong(exact_share, "almost: your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
+                               "batch_size⌉, which differs where batch_size does not divide n. Charge the rate that "
+                               "the loader really uses."),
+            Wrong(noise_divided_by_batch, "you divided σ by the batch size. The noise multiplier belongs to the "
+                                          "*sum* of the clipped gradients; dividing the noisy sum afterwards costs "
+                                          "no privacy and saves none."),
+            Wrong(other_accountant, "right count, other accountant: these are PRV's values. Pass accountant=\"rdp\" "
+                                    "here, so that everyone gets the same number at once."),
         ],
-        praise="steps of the whole run, the loader's sampling rate, and the δ that was asked for: nothing else sets the price.",
+        praise="steps of the whole run, the loader's sampling rate, and the δ that was asked for: nothing else sets "
+               "the price.",
     ),
     coding(
         "4.2",
-        hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it if that is "
-             "at most the budget. `epsilon` answers in about a millisecond.",
+        hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it if "
+             "that is at most the budget. `epsilon` answers at once.",
         reference=epochs_within,
         inputs=[
             lambda: (1.5, 2000, 250, 2.5, 1e-6),
@@ -266,30 +275,35 @@ EXERCISES = [
             lambda: (0.3, 2000, 250, 2.5, 1e-5),
         ],
         wrong=[
-            Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the dearest, ε grows "
-                                  "more slowly than the number of epochs: you leave most of the budget unspent."),
-            Wrong(budget_divided_and_squared, "you took ε to grow with the square root of the epochs. That is a good rule of "
-                                              "thumb for one accountant in its middle range, not a guarantee: ask the accountant."),
-            Wrong(first_epoch_beyond, "one too many: this epoch brings the run *over* the budget. Stop before it. A budget "
-                                      "that is passed can't be paid back."),
-            Wrong(always_one_epoch, "where the budget does not pay for a single epoch, the answer is 0. You train at least one "
-                                    "epoch anyway, and so exceed the budget."),
-            Wrong(whole_data_each_step, "you charged every step as if it used all the records (sample_rate = 1), so almost "
-                                        "nothing is affordable. Sampling makes a step much cheaper: q = 1 / ⌈n / batch_size⌉."),
-            Wrong(steps_instead_of_epochs, "this is the number of *steps* that the budget pays for: you charged one step for each "
-                                           "epoch. An epoch has ⌈n / batch_size⌉ steps, and each of them costs."),
-            Wrong(budget_at_another_delta, "your answer does not change with target_delta. Without it, `epsilon` takes δ = 1e-5: "
-                                           "at a smaller δ the same steps cost more ε."),
-            Wrong(budget_by_another_accountant, "right search, other accountant: PRV's ε is smaller, so it pays for more epochs. "
-                                                "Pass accountant=\"rdp\" here: it answers at once, and everyone gets the same number."),
+            Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the dearest, "
+                                  "ε grows more slowly than the number of epochs: you leave most of the budget "
+                                  "unspent."),
+            Wrong(budget_divided_and_squared, "you took ε to grow with the square root of the epochs. That is a good "
+                                              "rule of thumb for one accountant in its middle range, not a "
+                                              "guarantee: ask the accountant."),
+            Wrong(first_epoch_beyond, "one too many: this epoch brings the run *over* the budget. Stop before it. A "
+                                      "budget that is passed can't be paid back."),
+            Wrong(always_one_epoch, "where the budget does not pay for a single epoch, the answer is 0. You train at "
+                                    "least one epoch anyway, and so exceed the budget."),
+            Wrong(whole_data_each_step, "you charged every step as if it used all the records (sample_rate = 1), so "
+                                        "almost nothing is affordable. Sampling makes a step much cheaper: q = 1 / "
+                                        "⌈n / batch_size⌉."),
+            Wrong(steps_instead_of_epochs, "this is the number of *steps* that the budget pays for: you charged one "
+                                           "step for each epoch. An epoch has ⌈n / batch_size⌉ steps, and each of "
+                                           "them costs."),
+            Wrong(budget_at_another_delta, "your answer does not change with target_delta. Without it, `epsilon` "
+                                           "takes δ = 1e-5: at a smaller δ the same steps cost more ε."),
+            Wrong(budget_by_another_accountant, "right search, other accountant: PRV's ε is smaller, so it pays for "
+                                                "more epochs. Pass accountant=\"rdp\" here: it answers at once, and "
+                                                "everyone gets the same number."),
         ],
-        praise="the last epoch that still fits. Decide it before training: stopping because the loss looks good is a look at "
-               "private data.",
+        praise="the last epoch that still fits. Decide it before training: stopping because the loss looks good is a "
+               "look at private data.",
     ),
     Exercise(
         "4.3",
-        hint="GDP replaces the privacy loss of the whole run by a bell curve. That is wrong where few steps matter, each with "
-             "little noise: try a noise multiplier of 1 or below, and a sampling rate of 0.01 or below. "
+        hint="GDP replaces the privacy loss of the whole run by a bell curve. That is wrong where few steps matter, "
+             "each with little noise: try a noise multiplier of 1 or below, and a sampling rate of 0.01 or below. "
              "`compare(0.7, 0.01, 500)` is a place to start.",
         reference=(0.5, 0.001, 1000),
         examine=_examine_gdp,
@@ -302,24 +316,27 @@ EXERCISES = [
             Wrong((0.1, 0.001, 1000), _OUT_OF_RANGE),
             Wrong(0.5, _NOT_THREE),
         ),
-        solution="`answer_4_3 = (0.5, 0.001, 1000)`: PRV says 3.25, GDP says 0.85, about a quarter. Each record is expected "
-                 "in one single batch of the thousand, but there the noise is only half the clipping norm.",
+        solution="For example `answer_4_3 = (0.5, 0.001, 1000)`. A record is expected in one single batch of the "
+                 "thousand, but there the noise is only half the clipping norm.",
     ),
     choose(
         "4.4",
         hint="ε is a promise to one person. In how many of the two data sets is that person's record?",
         answer="b",
         wrong=[
-            Wrong("a", "you added the two. Budgets add up where the *same* records are used twice. Here nobody is in both "
-                       "data sets: each person's record was used in one run only, and the other run can say nothing about it."),
-            Wrong("c", "you averaged. An average promises alice's patients something that no run has given them: each of them is "
-                       "protected by alice's ε, and by nothing else. (Some tools average metrics by default.)"),
-            Wrong("d", "averaging the two models reads no record again. Whatever is computed from private outputs alone "
-                       "costs nothing: this is called post-processing."),
+            Wrong("a", "you added the two. Budgets add up where the *same* records are used twice. Here nobody is in "
+                       "both data sets: each person's record was used in one run only, and the other run can say "
+                       "nothing about it."),
+            Wrong("c", "you averaged. An average promises alice's patients something that no run has given them: "
+                       "each of them is protected by alice's ε, and by nothing else. (Some tools average metrics by "
+                       "default.)"),
+            Wrong("d", "averaging the two models reads no record again. Whatever is computed from private outputs "
+                       "alone costs nothing: this is called post-processing."),
         ],
-        praise="alice's run protects alice's patients with ε = 3, bob's run protects bob's. Disjoint records: the ε of a person is "
-               "that of the one run that this person is in (parallel composition). Were somebody in both, it would be up to 6.",
-        solution="**b**. Nobody is in both data sets, so each person pays for one run only: ε = 3. With different budgets, "
-                 "the ε for \"a person, whoever it is\" is the larger of the two.",
+        praise="alice's run protects alice's patients with ε = 3, bob's run protects bob's. Disjoint records: the ε "
+               "of a person is that of the one run that this person is in (parallel composition). Were somebody in "
+               "both, it would be up to 6.",
+        solution="**b**. Nobody is in both data sets, so each person pays for one run only: ε = 3. With different "
+                 "budgets, the ε for \"a person, whoever it is\" is the larger of the two.",
     ),
 ]
