@@ -4,8 +4,9 @@ The rooms, from the ground up (each imports only from those before it):
 
 - ``data``, ``models``, ``mechanism``, ``accounting``: what to train on, what to train, the four moves of DP-SGD, and ε
 - ``training``: one generator for every way to train
+- ``attacks``, ``experiments``: membership inference; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
-- ``explorer``: sliders over real training
+- ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
 
 ``import dpteach`` loads none of them: a name is loaded when it is first used.
 """

@@ -679,7 +679,7 @@ class Playground:
         )
         heads = "".join(f"<th>{h}</th>" for h in ("run", "data and model", "method", "σ", "C", "epochs", "learning rate",
                                                   "batch", "ε (PRV)", "accuracy", "without privacy"))
-        table = f'<table class="dpteach-pins"><tr>{heads}</tr>{rows}</table>'
+        table = f'<table style="line-height:1.3;border-spacing:8px 2px"><tr>{heads}</tr>{rows}</table>'
         self._kept.value = f'<div style="max-width:420px">{svg(self._panels())}</div>{table}' if self.pinned else ""
 
     def _panels(self) -> list[Panel]:

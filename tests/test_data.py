@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from urllib.error import URLError
 
 import pytest
@@ -131,21 +132,23 @@ def test_without_a_copy_torchvision_downloads_and_the_download_is_checked(place,
         load_mnist(train=False)
 
 
-def load_when_both_are_ready(ready, folder):
+def load_when_all_are_ready(ready, delay, folder):
     os.environ["DPTEACH_CACHE"] = str(folder)
     ready.wait(timeout=60)
+    time.sleep(delay)
     assert len(load_mnist(train=False)) == 10_000
 
 
-def test_two_processes_that_unpack_at_once_both_succeed(tmp_path):
+def test_processes_that_unpack_at_once_all_succeed(tmp_path):
     start = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    ready = start.Barrier(2)
-    both = [start.Process(target=load_when_both_are_ready, args=(ready, tmp_path)) for _ in range(2)]
-    for process in both:
+    ready = start.Barrier(3)
+    delays = (0, 0, 0.2)  # two write the same file, the third finds it half written
+    processes = [start.Process(target=load_when_all_are_ready, args=(ready, delay, tmp_path)) for delay in delays]
+    for process in processes:
         process.start()
-    for process in both:
+    for process in processes:
         process.join(timeout=120)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sorted(file.name for file in tmp_path.rglob("*-ubyte*")) == sorted(CHECKSUMS)
 
 

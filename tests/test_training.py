@@ -274,15 +274,20 @@ def test_a_run_takes_all_its_steps_where_the_ratio_is_a_float_trap(method):
     assert steps == list(range(1, 187))
 
 
-@pytest.mark.parametrize("end", ["given up", "forgotten", "finished"])
+@pytest.mark.parametrize("end", ["given up", "forgotten", "finished", "failed"])
 def test_an_opacus_run_leaves_the_model_as_trainable_as_any(end):
     model = models.mlp()
-    run = train(model, MOONS, SETTINGS, method="opacus")
+    too_wide = Data(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64))
+    run = train(model, MOONS, SETTINGS, method="opacus", test_data=too_wide if end == "failed" else None)
     next(run)
     if end == "given up":
         run.close()
     elif end == "finished":
         list(run)
+    elif end == "failed":
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as error:
+            list(run)
+        assert error.tb  # it keeps the run's frames alive, so that nothing is tidied up by chance
     del run
     for layer in model.modules():
         assert not layer._forward_hooks and not layer._forward_pre_hooks and not layer._backward_hooks

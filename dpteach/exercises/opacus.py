@@ -8,7 +8,17 @@ from torch.utils.data import DataLoader
 
 from dpteach.accounting import epsilon
 from dpteach.data import two_moons
-from dpteach.exercises.core import _UNATTEMPTED, Complaint, Exercise, Verdict, Wrong, _observed, _unattempted, choose, value
+from dpteach.exercises.core import (
+    _UNATTEMPTED,
+    Complaint,
+    Exercise,
+    Verdict,
+    Wrong,
+    _observed,
+    _unattempted,
+    choose,
+    value,
+)
 from dpteach.models import mlp
 
 # 5.4: a script that only looks private
@@ -16,12 +26,8 @@ from dpteach.models import mlp
 N, SIGMA, C, EPOCHS, BATCH, DELTA = 640, 1.3, 0.7, 3, 128, 1e-5
 
 
-def whole_batch(batch):
-    return batch
-
-
 def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=whole_batch)
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()  # one engine, before the first epoch
     model, optimizer, loader = engine.make_private(  # all three replace the old ones
@@ -37,7 +43,7 @@ def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, e
 
 
 def _parts(model, data, batch_size):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=whole_batch, shuffle=True)
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
     return loader, torch.optim.SGD(model.parameters(), lr=0.05)
 
 
@@ -49,7 +55,7 @@ def _epoch(model, optimizer, loader):
 
 
 def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    train_loader = DataLoader(data, batch_size=batch_size, collate_fn=whole_batch, shuffle=True)
+    train_loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(epochs):
         engine = PrivacyEngine()
@@ -61,14 +67,14 @@ def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
             optimizer.zero_grad()
             F.cross_entropy(model(X), y).backward()
             optimizer.step()
-    return engine.get_epsilon(delta=1 / len(train_loader))
+    return engine.get_epsilon(delta=1 / len(private_loader))
 
 
 def old_loader(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, optimizer, private = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                    noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, optimizer, _ = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
+                                              noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)
@@ -97,8 +103,8 @@ def delta_of_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm
 def old_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, private, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                 noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, _, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
+                                           noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)

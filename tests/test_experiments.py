@@ -1,0 +1,49 @@
+"""The stored experiments: a small row of each is run again, and the whole ones say what the notebooks say of them."""
+
+import math
+
+import pytest
+
+from dpteach.experiments import RESULTS, guide_run, load
+
+GUIDE = "twenty-minute-guide"
+
+
+def whole_runs(target):
+    return [r for r in load(GUIDE) if r["n"] == 60_000 and r["target_epsilon"] == target]
+
+
+@pytest.mark.parametrize("target", [None, 8.0])
+def test_a_small_run_of_the_guides_recipe_gives_its_stored_rows_again(target):
+    stored = [r for r in load(GUIDE) if r["n"] == 2000 and r["target_epsilon"] == target]
+    again = list(guide_run(2000, target, 2, 0))
+    assert len(stored) == len(again) == 2
+    for old, new in zip(stored, again):
+        assert math.isclose(old["loss"], new["loss"], abs_tol=5e-4)
+        assert math.isclose(old["accuracy"], new["accuracy"], abs_tol=0.005)
+        assert math.isclose(old["noise_multiplier"], new["noise_multiplier"], rel_tol=1e-4)
+        assert target is None or math.isclose(old["epsilon_prv"], new["epsilon_prv"], rel_tol=1e-3)
+
+
+def test_the_guides_recipe_does_not_reach_the_guides_figures():
+    without, eight, one = (whole_runs(target) for target in (None, 8.0, 1.0))
+    assert [len(runs) for runs in (without, eight, one)] == [10, 10, 10]
+    assert [round(runs[-1]["accuracy"], 2) for runs in (without, eight, one)] == [0.98, 0.88, 0.88]  # not .991, .973, .938
+    spent = [round(eight[epoch - 1]["epsilon_prv"], 2) for epoch in (1, 5, 10)]
+    assert spent == pytest.approx([4.36, 6.37, 8.0], abs=0.011)  # not 1.23, 3.87, 6.94
+
+
+def test_a_stored_row_says_what_made_it():
+    assert all(row["torch"] and row["opacus"] and row["seconds"] > 0 and row["seed"] == 0 for row in load(GUIDE))
+
+
+def test_an_unknown_or_missing_experiment_is_one_error(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="name must be one of 'twenty-minute-guide', got 'x'"):
+        load("x")
+    monkeypatch.setattr("dpteach.experiments.RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m dpteach.experiments twenty-minute-guide"):
+        load(GUIDE)
+
+
+def test_no_half_written_result_is_stored():
+    assert [path.name for path in RESULTS.iterdir() if path.suffix != ".csv"] == []
