@@ -356,7 +356,7 @@ def test_every_record_takes_part_in_a_step_with_probability_q():
     steps, q = 4000, 0.1
     counts = taken(500, q, steps).sum(0)
     deviations = (counts - steps * q) / math.sqrt(steps * q * (1 - q))
-    assert float(deviations.abs().max()) < 5  # no record is favoured
+    assert float(deviations.abs().max()) < 6  # no record is favoured
     assert abs(float(deviations.square().mean()) - 1) < 0.3  # and none is rationed, as by shuffling: that gives 0
 
 
