@@ -9,6 +9,8 @@ of our own, so it works wherever ipywidgets 7.7 or 8 does.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import threading
 import time
@@ -207,7 +209,10 @@ class _Run:
     price: float  # RDP
     model: nn.Module | None = None
     steps: list[Step] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the steps: a frame must not walk through thousands of records
+    epsilons: list[float] = field(default_factory=list)
     baseline: list[Step] = field(default_factory=list)
+    baseline_losses: list[float] = field(default_factory=list)
     baseline_boundary: tuple | None = None
     exact: float | None = None  # PRV
     ended: str = ""
@@ -396,6 +401,8 @@ class Explorer(_Live):
         try:
             for step in steps:
                 run.steps.append(step)
+                run.losses.append(step.loss)
+                run.epsilons.append(step.epsilon)
                 next(beside, None)
                 now = time.perf_counter()
                 if math.isnan(step.loss) and self._diverged(run.model):  # an empty batch has no loss either
@@ -448,26 +455,33 @@ class Explorer(_Live):
             model = self._new_model(s)
             for step in self._train(model, s, "sgd"):
                 run.baseline.append(step)
+                run.baseline_losses.append(step.loss)
                 if step.step < step.steps:
                     yield
-            self._baselines = {key: _Run(s, math.inf, baseline=run.baseline, baseline_boundary=self._boundary(model))}
-        run.baseline = self._baselines[key].baseline
-        run.baseline_boundary = self._baselines[key].baseline_boundary
+            run.baseline_boundary = self._boundary(model)
+            self._baselines = {key: run}
+        trained = self._baselines[key]
+        run.baseline, run.baseline_losses = trained.baseline, trained.baseline_losses
+        run.baseline_boundary = trained.baseline_boundary
 
     def _boundary(self, model: nn.Module) -> tuple | None:
         if not self._plane:
             return None
-        (x0, x1), (y0, y1) = self._window()
-        xs, ys = np.linspace(x0, x1, 40), np.linspace(y0, y1, 40)
-        grid = torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
+        xs, ys, grid = self._grid
         with torch.no_grad():
-            scores = model(grid)
-        margin = (scores[:, 1] - scores[:, 0]).reshape(40, 40).numpy()
+            scores = model(grid).numpy()
+        margin = (scores[:, 1] - scores[:, 0]).reshape(len(ys), len(xs))
         return contour(xs, ys, margin, 0.0) if np.isfinite(margin).all() else None
 
+    @functools.cached_property
     def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:
         low, high = self._data.X.min(0).values.tolist(), self._data.X.max(0).values.tolist()
         return (low[0], high[0]), (low[1], high[1])
+
+    @functools.cached_property
+    def _grid(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        xs, ys = (np.linspace(*ends, 40) for ends in self._window)
+        return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
 
     def _panels(self) -> list[Panel]:
         return self._panels_of(self._run)
@@ -481,8 +495,8 @@ class Explorer(_Live):
         return panels
 
     def _loss_panel(self, run: _Run, own: str) -> Panel:
-        items = [_line(run.baseline, "loss", "non-private", "without privacy", dashed=True)] if run.baseline else []
-        items.append(_line(run.steps, "loss", own, "with privacy" if own == "private" else "loss"))
+        items = [_line(run.baseline_losses, "non-private", "without privacy", dashed=True)] if run.baseline else []
+        items.append(_line(run.losses, own, "with privacy" if own == "private" else "loss"))
         total = run.steps[-1].steps if run.steps else 1
         s = run.settings
         told = f"Learning rate {s.lr:.3g}" if own == "non-private" else f"σ = {s.noise_multiplier:.3g}, C = {s.max_grad_norm:.3g}"
@@ -492,7 +506,7 @@ class Explorer(_Live):
 
     def _epsilon_panel(self, run: _Run) -> Panel:
         total = run.steps[-1].steps if run.steps else 1
-        items = [_line(run.steps, "epsilon", "budget", "spent (RDP bound)")]
+        items = [_line(run.epsilons, "budget", "spent (RDP bound)")]
         top = run.price
         if run.exact is not None and math.isfinite(run.exact):
             items.append(Mark("budget", "whole run, tighter (PRV)", y=run.exact))
@@ -513,7 +527,7 @@ class Explorer(_Live):
         alt = "Decision boundary between the two classes" + (
             f"; {self._accuracy_of} {accuracy:.0%}." if accuracy is not None else "."
         )
-        x_range, y_range = self._window()
+        x_range, y_range = self._window
         return Panel("Decision boundary", "first coordinate", "second coordinate", items, alt, x_range, y_range)
 
     def _accuracy_panel(self, run: _Run, own: str) -> Panel:
@@ -729,7 +743,7 @@ def _slider(name: str, value: float, limits: Range) -> widgets.Widget:
         slider = widgets.FloatLogSlider(
             value=value, step=step, style=style, layout=layout,
             min=start - step * round((start - math.log10(low)) / step), max=start + step * round((math.log10(high) - start) / step),
-            description=_words(name), readout_format=".0f" if limits.whole else ".3g",
+            description=_words(name), readout_format=".0f" if limits.whole else ".0e" if limits.high < 0.1 else ".3g",
         )
     elif limits.whole:
         slider = widgets.IntSlider(value=value, min=int(low), max=int(high), style=style, layout=layout, description=_words(name))
@@ -741,8 +755,8 @@ def _slider(name: str, value: float, limits: Range) -> widgets.Widget:
     return slider
 
 
-def _line(steps: list[Step], what: str, role: str, label: str, dashed: bool = False) -> Line:
-    return Line([s.step for s in steps], [getattr(s, what) for s in steps], role, label, dashed)
+def _line(values: list[float], role: str, label: str, dashed: bool = False) -> Line:
+    return Line(np.arange(1, len(values) + 1), np.array(values), role, label, dashed)
 
 
 def _last_accuracy(steps: list[Step]) -> float | None:
@@ -751,5 +765,6 @@ def _last_accuracy(steps: list[Step]) -> float | None:
 
 def _late_loss(steps: list[Step]) -> str:
     """The mean loss of the last epoch that has run, coarsely: one batch's loss says little."""
-    losses = [s.loss for s in steps if s.epoch == steps[-1].epoch and math.isfinite(s.loss)]
+    last_epoch = itertools.takewhile(lambda s: s.epoch == steps[-1].epoch, reversed(steps))
+    losses = [s.loss for s in last_epoch if math.isfinite(s.loss)]
     return f"{sum(losses) / len(losses):.1f}" if losses else "none"

@@ -232,13 +232,14 @@ def _svg_panel(panel: Panel) -> str:
         if log:
             with np.errstate(divide="ignore", invalid="ignore"):
                 values, low, high = np.log10(np.where(values > 0, values, np.nan)), math.log10(low), math.log10(high)
-        return start + (values - low) / (high - low) * length
+        pixels = start + (values - low) / (high - low) * length
+        return np.minimum(np.maximum(pixels, -9999), 9999)  # far outside is outside; keeps NaN
 
     def px(values):
-        return np.clip(scale(values, x0, x1, panel.x_log, _LEFT, inner_w), -9999, 9999)
+        return scale(values, x0, x1, panel.x_log, _LEFT, inner_w)
 
     def py(values):
-        return np.clip(scale(values, y0, y1, panel.y_log, _TOP + inner_h, -inner_h), -9999, 9999)
+        return scale(values, y0, y1, panel.y_log, _TOP + inner_h, -inner_h)
 
     clip_id = f"c{abs(hash((panel.title, x0, x1, y0, y1))) % 10**9}"
     out = [

@@ -294,3 +294,28 @@ def test_the_playground_keeps_runs_side_by_side():
         assert f"{playground.pinned[0].accuracy:.1%}" in playground._kept.value
     finally:
         playground.explorer.stop()
+
+
+def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
+    import dpteach.explorer as room
+
+    drawing = []
+
+    def timed(function):
+        def run(*args, **kwargs):
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                drawing.append(time.thread_time() - began)
+        return run
+
+    monkeypatch.setattr(room, "svg", timed(room.svg))
+    for name in ("_panels_of", "_show"):
+        monkeypatch.setattr(Explorer, name, timed(getattr(Explorer, name)))
+    monkeypatch.setattr(Explorer, "_work_on", timed(Explorer._work_on))
+    explorer = explore(Settings(epochs=500, batch_size=100, lr=1.0), baseline=False)
+    explorer.wait(60)
+    share = sum(drawing[:-1]) / drawing[-1]
+    print(f"\ndrawing: {share:.1%} of the thread's time, {len(drawing) // 3} frames")
+    assert len(drawing) > 15 and share < 0.1  # 4 to 5 % on a quiet machine
