@@ -16,10 +16,10 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "Data": "data", "load_mnist": "data", "two_moons": "data",
+    "Data": "data", "load_mnist": "data", "split": "data", "two_moons": "data",
     "poisson_batches": "mechanism", "per_sample_gradients": "mechanism", "clip": "mechanism",
     "clipped_sum": "mechanism", "add_noise": "mechanism",
-    "epsilon": "accounting", "epsilon_path": "accounting", "noise_multiplier_for": "accounting",
+    "Ledger": "accounting", "epsilon": "accounting", "epsilon_path": "accounting", "noise_multiplier_for": "accounting",
     "Settings": "training", "Step": "training", "train": "training",
     "Explorer": "explorer", "Viewer": "explorer", "Range": "explorer",
     "Playground": "explorer", "Scene": "explorer",

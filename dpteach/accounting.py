@@ -7,11 +7,17 @@ The neighbouring relation is add/remove of one record, under Poisson sampling (s
 """
 
 import functools
+import hashlib
+import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.gdp import compute_mu_poisson, delta_eps_mu, eps_from_mu
 from opacus.accountants.analysis.rdp import compute_rdp
@@ -66,17 +72,7 @@ def epsilon(
     sigma, q, steps, delta, accountant, alphas = _checked(
         noise_multiplier, sample_rate, steps, target_delta, accountant, alphas
     )
-    if steps == 0:
-        return 0.0
-    if sigma == 0:
-        return math.inf
-    if accountant == "gdp":
-        return _gdp(sigma, q, steps, delta)
-    if accountant == "pld":
-        return _pld(sigma, q, steps, delta)
-    if accountant == "prv":
-        return _prv(sigma, q, steps, delta)
-    return float(_rdp(sigma, q, np.array([steps]), delta, accountant, alphas)[0])
+    return _of_history(((sigma, q, steps),), delta, accountant, alphas)
 
 
 def epsilon_path(
@@ -103,7 +99,7 @@ def epsilon_path(
     if sigma == 0:
         return np.full(steps, math.inf)
     if accountant.startswith("rdp"):
-        return _rdp(sigma, q, np.arange(1, steps + 1), delta, accountant, alphas)
+        return _rdp(((sigma, q, 1),), np.arange(1, steps + 1), delta, accountant, alphas)
     return np.array([
         epsilon(noise_multiplier=sigma, sample_rate=q, steps=t, target_delta=delta, accountant=accountant)
         for t in range(1, steps + 1)
@@ -157,6 +153,136 @@ def noise_multiplier_for(
     return high
 
 
+@dataclass(frozen=True)
+class Charge:
+    """One entry of a :class:`Ledger`: so many steps with this noise multiplier σ and this sample rate q."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class Ledger:
+    """What training on one data set has cost so far, over all its runs: write the charge first, then train.
+
+    A charge that is written *before* the training it pays for also counts a training that was killed half-way. With a
+    ``path`` the ledger lives in a file: it outlasts the process, and two processes can charge it at the same time.
+    A ledger belongs to one set of records. Two sets without a common record have two ledgers, and their ε are never
+    added (parallel composition).
+
+    Args:
+        path: the file, made at the first charge, in a folder that exists. None keeps the ledger in memory.
+
+    Attributes:
+        charges: tuple of :class:`Charge`, in the order in which they were made.
+        steps: how many steps they are.
+
+    Raises:
+        ValueError: if the file is damaged, of another version, or not a ledger. It is left as it is: an account that
+            can't be read must not start again at zero.
+
+    >>> ledger = Ledger()
+    >>> for _ in range(5):  # the two-worker blog post of 2020: five rounds of 235 steps
+    ...     ledger.charge(noise_multiplier=1.2, sample_rate=128 / 30_000, steps=235)
+    >>> round(ledger.epsilon(target_delta=1e-5, accountant="rdp-classic"), 2)
+    1.01
+    """
+
+    FORMAT, VERSION = "dpteach-ledger", 1
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = None if path is None else Path(path)
+        self._kept: tuple[Charge, ...] = ()
+        _ = self.charges  # a damaged file is an error now, not after the first training
+
+    @property
+    def charges(self) -> tuple[Charge, ...]:
+        if self.path is None or not self.path.exists():
+            return self._kept
+        return self._read()
+
+    @property
+    def steps(self) -> int:
+        return sum(charge.steps for charge in self.charges)
+
+    def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> None:
+        """Write down ``steps`` steps that are about to run. When this returns, a file is on the disk.
+
+        Args:
+            noise_multiplier: σ >= 0; 0 makes ε infinite from here on.
+            sample_rate: q in (0, 1].
+            steps: number of steps, >= 0.
+
+        Raises:
+            ValueError: if an argument is out of its range, or the file is damaged. Then nothing is written: don't train.
+            OSError: if the file can't be written. Don't train.
+        """
+        sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
+        new = Charge(sigma, q, steps)
+        if self.path is None:
+            self._kept += (new,)
+            return
+        with FileLock(f"{self.path}.lock", timeout=30):  # read, add and write as one
+            self._write((*self.charges, new))
+
+    def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
+        """ε of everything that was charged, at ``target_delta``.
+
+        Args and errors as for :func:`epsilon`. Charges with different σ or q are composed as they are, none is rounded.
+        """
+        *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
+        stretches: dict[tuple[float, float], int] = {}
+        for charge in self.charges:
+            key = (charge.noise_multiplier, charge.sample_rate)
+            stretches[key] = stretches.get(key, 0) + charge.steps
+        return _of_history(tuple((*key, steps) for key, steps in stretches.items()), delta, accountant, None)
+
+    def __repr__(self) -> str:
+        return f"Ledger({'in memory' if self.path is None else str(self.path)!r}, {len(self.charges)} charges, {self.steps} steps)"
+
+    def _read(self) -> tuple[Charge, ...]:
+        def damaged(why: str) -> ValueError:
+            return ValueError(
+                f"{self.path} is not a readable ledger ({why}). It says what has been spent, so nothing may train without "
+                "it: restore it from a backup, or move it away only if no model trained on this data is ever released."
+            )
+
+        try:
+            content = json.loads(self.path.read_text(encoding="utf8"))
+            if content["format"] != self.FORMAT:
+                raise damaged(f"its format is {content['format']!r}")
+            if content["version"] != self.VERSION:
+                raise damaged(f"its version is {content['version']!r}, this program reads {self.VERSION}")
+            if content["sha256"] != _digest(content["charges"]):
+                raise damaged("its checksum does not fit its charges")
+            charges = tuple(Charge(**entry) for entry in content["charges"])
+            for c in charges:
+                _checked(c.noise_multiplier, c.sample_rate, c.steps, 1e-5, "rdp", None)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise damaged(f"{type(error).__name__}: {error}") from error
+        return charges
+
+    def _write(self, charges: tuple[Charge, ...]) -> None:
+        entries = [asdict(charge) for charge in charges]
+        content = {"format": self.FORMAT, "version": self.VERSION, "charges": entries, "sha256": _digest(entries)}
+        part = self.path.with_name(f"{self.path.name}.part")
+        with part.open("w", encoding="utf8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)  # whole or not at all
+        if os.name == "posix":  # the new name must be on the disk too
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _digest(entries: list) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
 def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alphas):
     choice("accountant", accountant, ACCOUNTANTS)
     if alphas is not None:
@@ -175,34 +301,56 @@ def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alp
     )
 
 
+# What has run, as Opacus' accountants keep it: (noise multiplier, sample rate, steps), one entry a stretch of equal steps.
+_History = tuple[tuple[float, float, int], ...]
+
+
+def _of_history(history: _History, delta: float, accountant: str, alphas) -> float:
+    history = tuple(entry for entry in history if entry[2] > 0)
+    if not history:
+        return 0.0
+    if any(sigma == 0 for sigma, _, _ in history):
+        return math.inf
+    if accountant == "gdp":
+        return _gdp(history, delta)
+    if accountant == "pld":
+        return _pld(history, delta)
+    if accountant == "prv":
+        return _prv(history, delta)
+    return float(_rdp(history, np.ones(1), delta, accountant, alphas)[0])
+
+
 @functools.lru_cache(maxsize=256)
 def _rdp_of_one_step(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarray:
     return np.asarray(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(alphas)))
 
 
-def _rdp(sigma, q, steps: np.ndarray, delta, accountant: str, alphas) -> np.ndarray:
+def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -> np.ndarray:
+    """ε of the whole history ``times`` times over, one value for each of ``times``."""
     orders = alphas or _ALPHAS[accountant]
     alpha = np.asarray(orders, dtype=np.float64)
     if accountant == "rdp":  # Balle et al. 2020, Theorem 21
         convert = np.log1p(-1 / alpha) - (math.log(delta) + np.log(alpha)) / (alpha - 1)
     else:  # Mironov 2017, Proposition 3
         convert = -math.log(delta) / (alpha - 1)
-    best = np.full(len(steps), np.inf)
-    for rdp, extra in zip(_rdp_of_one_step(sigma, q, tuple(orders)), convert):
+    total = sum(steps * _rdp_of_one_step(sigma, q, tuple(orders)) for sigma, q, steps in history)
+    best = np.full(len(times), np.inf)
+    for rdp, extra in zip(total, convert):
         if math.isfinite(rdp):
-            np.minimum(best, steps * rdp + extra, out=best)
+            np.minimum(best, times * rdp + extra, out=best)
     return np.maximum(best, 0.0)
 
 
 @functools.lru_cache(maxsize=256)
-def _prv(sigma, q, steps, delta) -> float:
-    bound = float(_rdp(sigma, q, np.array([steps]), delta, "rdp", None)[0])
+def _prv(history: _History, delta) -> float:
+    bound = float(_rdp(history, np.ones(1), delta, "rdp", None)[0])
     # Below, PRV's rounding errors are as large as δ (1 % under PLD at 1e-13); above, it takes seconds only to overflow.
     if delta < 1e-10 or bound > 1000:
         return bound
+    steps = sum(steps for _, _, steps in history)
     points = 2 * bound / 0.01 * math.sqrt(steps * math.log(12_000 / delta) / 2)  # Gopi et al. 2021: mesh ∝ error / √steps
     accountant = PRVAccountant()
-    accountant.history = [(sigma, q, steps)]
+    accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         try:
@@ -213,18 +361,22 @@ def _prv(sigma, q, steps, delta) -> float:
     return max(value, 0.0) if value < 700 else bound
 
 
-def _gdp(sigma, q, steps, delta) -> float:
+def _gdp(history: _History, delta) -> float:
     with np.errstate(all="ignore"):
-        mu = float(compute_mu_poisson(steps=steps, noise_multiplier=sigma, sample_rate=q))
+        mu = math.hypot(*(
+            float(compute_mu_poisson(steps=steps, noise_multiplier=sigma, sample_rate=q)) for sigma, q, steps in history
+        ))
         if delta_eps_mu(eps=0.0, mu=mu) <= delta:
             return 0.0
         # Opacus searches ε up to 500.
         return float(eps_from_mu(mu=mu, delta=delta)) if delta_eps_mu(eps=500.0, mu=mu) < delta else math.inf
 
 
-def _pld(sigma, q, steps, delta) -> float:
+def _pld(history: _History, delta) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    event = SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
-    return float(PLDAccountant().compose(event).get_epsilon(delta))
+    accountant = PLDAccountant()
+    for sigma, q, steps in history:
+        accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps))
+    return float(accountant.get_epsilon(delta))

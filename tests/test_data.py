@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 
 from dpteach import data
-from dpteach.data import BUNDLED, CHECKSUMS, Data, load_mnist, two_moons
+from dpteach.data import BUNDLED, CHECKSUMS, Data, load_mnist, split, two_moons
 
 LABELS = "t10k-labels-idx1-ubyte"  # the smallest of the four files
 
@@ -229,3 +229,46 @@ def test_two_moons_can_be_told_apart_but_not_by_a_line():
 def test_two_moons_refuse_bad_arguments(refuses, name, value):
     with refuses(name, value):
         two_moons(**{"n": 10, name: value})
+
+
+def ids(part):
+    return part.X[:, 0].int().tolist()
+
+
+NUMBERED = Data(torch.arange(600.0).reshape(-1, 1), torch.arange(600) % 3)
+
+
+@pytest.mark.parametrize("more", [{}, {"skew": 0.9}, {"weights": [5, 1, 1, 1]}, {"skew": 0.5, "weights": [5, 1, 1, 1]}, {"skew": 0.999}])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_split_gives_every_record_to_exactly_one_worker(more, seed):
+    parts = split(NUMBERED, 4, **more, seed=seed)
+    assert sorted(sum(map(ids, parts), [])) == list(range(600))
+    assert min(map(len, parts)) >= 1
+    assert [ids(part) for part in parts] == [ids(part) for part in split(NUMBERED, 4, **more, seed=seed)]
+
+
+def test_a_split_has_the_sizes_of_its_weights():
+    assert [len(part) for part in split(NUMBERED, 3)] == [200, 200, 200]
+    assert [len(part) for part in split(NUMBERED, 3, weights=[3, 2, 1])] == [300, 200, 100]
+
+
+def test_a_skewed_split_makes_the_workers_labels_unlike():
+    def unlike(skew):
+        gaps = []
+        for seed in range(10):
+            shares = [torch.bincount(p.y, minlength=3) / len(p) for p in split(NUMBERED, 2, skew=skew, seed=seed)]
+            gaps.append((shares[0] - shares[1]).abs().sum().item())
+        return sum(gaps) / len(gaps)
+
+    assert unlike(0.0) < 0.3 < unlike(0.5) < unlike(0.95)
+
+
+@pytest.mark.parametrize("name, value, more", [
+    ("workers", 0, {"workers": 0}), ("workers", 601, {"workers": 601}), ("skew", 1.0, {"skew": 1.0}), ("skew", -0.1, {"skew": -0.1}),
+    ("weights", 0, {"weights": [1, 0]}),
+])
+def test_a_split_refuses_what_makes_no_sense(refuses, name, value, more):
+    with refuses(name, value):
+        split(NUMBERED, **{"workers": 2, **more})
+    with pytest.raises(ValueError, match="weights must hold one number for each of the 3 workers, got 2"):
+        split(NUMBERED, 3, weights=[1, 1])

@@ -105,7 +105,7 @@ def test_a_browsers_echo_of_a_value_does_not_train_again(explore, echo):
 
 
 def test_the_baseline_is_trained_once_for_all_noise_and_clipping(explore, monkeypatch):
-    import dpteach.explorer as room
+    import dpteach.explorer.training as room
 
     methods = []
     monkeypatch.setattr(room, "train", lambda *a, **k: methods.append(k["method"]) or train(*a, **k))
@@ -297,7 +297,7 @@ def test_the_playground_keeps_runs_side_by_side():
 
 
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
-    import dpteach.explorer as room
+    import dpteach.explorer.training as room
 
     drawing = []
 

@@ -1,0 +1,150 @@
+"""An explorer with a choice of data, method and optimizer, and runs kept for comparison."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+from torch import nn
+
+from dpteach.data import Data
+from dpteach.explorer.live import show_widget
+from dpteach.explorer.training import Explorer, last_accuracy
+from dpteach.plots import Mark, Panel, Points, alt_text, still, svg
+from dpteach.training import OPTIMIZERS, Settings
+
+@dataclass(frozen=True)
+class Scene:
+    """Something to train on: the arguments of an :class:`Explorer`."""
+
+    data: Data
+    make_model: Callable[[], nn.Module]
+    settings: Settings
+    test_data: Data
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A run that was kept for comparison: what it was, what it cost and what it reached."""
+
+    scene: str
+    method: str
+    optimizer: str
+    settings: Settings
+    epsilon: float
+    accuracy: float
+    accuracy_without_privacy: float
+
+
+class Playground:
+    """An :class:`Explorer` with every slider, a choice of data, method and optimizer, and runs kept for comparison.
+
+    Args:
+        scenes: what to choose from, by the name that the menu shows.
+
+    Attributes:
+        explorer: the explorer that is open now.
+        pinned: the runs that were kept, as :class:`Pin`.
+
+    Raises:
+        ValueError: if there is no scene.
+    """
+
+    def __init__(self, scenes: dict[str, Scene]):
+        if not scenes:
+            raise ValueError("scenes must hold at least one scene, got none")
+        self._scenes = scenes
+        self.pinned: list[Pin] = []
+
+        def menu(words, options):
+            return widgets.Dropdown(options=options, description=words, style={"description_width": "150px"},
+                                    layout=widgets.Layout(width="480px", max_width="100%"))
+
+        self.menus = {
+            "scene": menu("data and model", list(scenes)),
+            "method": menu("method", [("DP-SGD from the four moves", "dpsgd"), ("DP-SGD by Opacus", "opacus")]),
+            "optimizer": menu("optimizer", list(OPTIMIZERS)),
+        }
+        pin = widgets.Button(description="Pin this run", icon="thumb-tack", tooltip="Keep the run's ε and accuracy")
+        clear = widgets.Button(description="Unpin all", icon="trash", tooltip="Forget the runs that were kept")
+        pin.on_click(lambda _: self.pin())
+        clear.on_click(lambda _: self._unpin())
+        self._note, self._kept, self._place = widgets.HTML(), widgets.HTML(), widgets.VBox()
+        self._box = widgets.VBox(
+            [*self.menus.values(), self._place, widgets.HBox([pin, clear, self._note]), self._kept]
+        )
+        for choice_ in self.menus.values():
+            choice_.observe(lambda _: self._open(), "value")
+        self._open()
+
+    def _open(self) -> None:
+        scene = self._scenes[self.menus["scene"].value]
+        self.explorer = Explorer(
+            scene.data, scene.make_model, scene.settings, method=self.menus["method"].value,
+            optimizer=self.menus["optimizer"].value, test_data=scene.test_data,
+            sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
+        )
+        for old in self._place.children:
+            old.close()
+        self._place.children = [self.explorer._box]
+
+    def wait(self, timeout: float | None = None) -> None:
+        """As :meth:`Explorer.wait`."""
+        self.explorer.wait(timeout)
+
+    def pin(self) -> None:
+        """Keep the run that has just finished; where it has not, a sentence beside the button says so."""
+        run = self.explorer._run
+        accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
+        if self.explorer._thread is not None or run.exact is None or accuracy is None or without is None:
+            self._note.value = "Nothing to pin yet: wait until a run has finished."
+            return
+        self.pinned.append(Pin(
+            self.menus["scene"].value, self.menus["method"].value, self.menus["optimizer"].value, run.settings, run.exact,
+            accuracy, without,
+        ))
+        self._note.value = ""
+        self._draw()
+
+    def _unpin(self) -> None:
+        self.pinned.clear()
+        self._draw()
+
+    def _draw(self) -> None:
+        rows = "".join(
+            f"<tr><td>{i}</td><td>{escape(p.scene)}</td><td>{p.method}, {p.optimizer}</td><td>{p.settings.noise_multiplier:.3g}</td>"
+            f"<td>{p.settings.max_grad_norm:.3g}</td><td>{p.settings.epochs}</td><td>{p.settings.lr:.3g}</td>"
+            f"<td>{p.settings.batch_size}</td><td>{p.epsilon:.2f}</td><td>{p.accuracy:.1%}</td>"
+            f"<td>{p.accuracy_without_privacy:.1%}</td></tr>"
+            for i, p in enumerate(self.pinned, start=1)
+        )
+        heads = "".join(f"<th>{h}</th>" for h in ("run", "data and model", "method", "σ", "C", "epochs", "learning rate",
+                                                  "batch", "ε (PRV)", "accuracy", "without privacy"))
+        table = f'<table style="line-height:1.3;border-spacing:8px 2px"><tr>{heads}</tr>{rows}</table>'
+        self._kept.value = f'<div style="max-width:420px">{svg(self._panels())}</div>{table}' if self.pinned else ""
+
+    def _panels(self) -> list[Panel]:
+        # Accuracies on different data cannot be compared: the picture shows the data of the last pin, the table all.
+        scene = self.pinned[-1].scene if self.pinned else ""
+        pins = [p for p in self.pinned if p.scene == scene and math.isfinite(p.epsilon)]
+        items: list[Any] = [Points([p.epsilon for p in pins], [p.accuracy for p in pins], "private", "with privacy")]
+        if pins:
+            items.append(Mark("non-private", "without privacy", y=max(p.accuracy_without_privacy for p in pins)))
+        told = "; ".join(f"ε {p.epsilon:.2f}: {p.accuracy:.0%}" for p in pins)
+        return [Panel(f"Pinned runs: {scene}", "ε of the whole run", "test accuracy", items,
+                      f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.", x_log=True)]
+
+    def still(self):
+        """The pinned runs as a matplotlib figure, ε across and accuracy upward."""
+        return still(self._panels())
+
+    def summary(self) -> str:
+        """The pinned runs in words."""
+        return alt_text(self._panels())
+
+    def _ipython_display_(self) -> None:
+        show_widget(self._box, "Playground with a choice of data, method and optimizer, and a slider for every setting")
+
+
