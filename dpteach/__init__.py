@@ -4,6 +4,7 @@ The rooms, from the ground up (each imports only from those before it):
 
 - ``data``, ``models``, ``mechanism``, ``accounting``: what to train on, what to train, the four moves of DP-SGD, and ε
 - ``training``: one generator for every way to train
+- ``federated``: private workers whose models are averaged
 - ``attacks``, ``experiments``: membership inference; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
 - ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
@@ -20,11 +21,12 @@ _HOME = {
     "poisson_batches": "mechanism", "per_sample_gradients": "mechanism", "clip": "mechanism",
     "clipped_sum": "mechanism", "add_noise": "mechanism",
     "Ledger": "accounting", "epsilon": "accounting", "epsilon_path": "accounting", "noise_multiplier_for": "accounting",
+    "Worker": "federated", "federated_average": "federated", "train_rounds": "federated",
     "Settings": "training", "Step": "training", "train": "training",
     "Explorer": "explorer", "Viewer": "explorer", "Range": "explorer",
     "Playground": "explorer", "Scene": "explorer",
 }
-_ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "mechanism", "models", "plots", "training")
+_ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "federated", "mechanism", "models", "plots", "training")
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

@@ -167,14 +167,15 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
     losses = updates(model, data, settings, optimizer)
     try:
         for step, loss in enumerate(losses, start=1):
-            accuracy = _accuracy(model, test_data) if test_data is not None and step % per_epoch == 0 else None
-            yield Step(step, steps, (step - 1) // per_epoch + 1, loss, float(path[step - 1]), accuracy)
+            reached = accuracy(model, test_data) if test_data is not None and step % per_epoch == 0 else None
+            yield Step(step, steps, (step - 1) // per_epoch + 1, loss, float(path[step - 1]), reached)
     finally:
         losses.close()  # a run that is given up leaves no hook behind
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, data: Data) -> float:
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Share of ``data`` that ``model`` classifies rightly, in [0, 1]."""
     device = next(model.parameters()).device
     model.eval()
     right = sum(

@@ -1,0 +1,228 @@
+"""Federated averaging over workers that each train privately on their own records.
+
+The privacy unit is one record of one worker (sample-level): each worker clips and noises by itself, so its update is
+private before anybody sees it, the server and the other workers included. What a worker has spent stands in its own
+:class:`~dpteach.accounting.Ledger`. Workers without a common record compose in parallel: their ε are never added, and
+never averaged.
+
+Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each worker does).
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpteach._checks import choice, number, whole
+from dpteach.accounting import Ledger
+from dpteach.data import Data
+from dpteach.training import Settings, Step, accuracy, train
+
+WEIGHTS = ("size", "equal")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Somebody with records of their own, who trains privately and keeps the count.
+
+    Args:
+        name: unlike the other workers' names.
+        data: the worker's private records.
+        settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed`` may be
+            the same for all workers: names and earlier charges go into the random numbers too.
+        ledger: what these records have cost so far; a new one, in memory, if not given.
+        method, optimizer: as for :func:`dpteach.training.train`. The optimizer starts anew in each round.
+
+    Raises:
+        ValueError: if the name is empty, or the batch is larger than the worker's data.
+    """
+
+    name: str
+    data: Data
+    settings: Settings
+    ledger: Ledger = field(default_factory=Ledger)
+    method: str = "dpsgd"
+    optimizer: str = "sgd"
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a text that is not empty, got {self.name!r}")
+        self.settings.steps_per_epoch(len(self.data))
+
+    @property
+    def sample_rate(self) -> float:
+        """q: the probability that one of the worker's records takes part in a step."""
+        return self.settings.sample_rate(len(self.data))
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.settings.epochs * self.settings.steps_per_epoch(len(self.data))
+
+    def train_round(self, model: nn.Module) -> Iterator[Step]:
+        """Train ``model`` in place for one round. The whole round is charged before its first step.
+
+        Yields:
+            :class:`~dpteach.training.Step`; its ``epsilon`` is that of *all* charges, this round's included.
+
+        Raises:
+            ValueError: if the ledger is damaged. Then nothing has been trained.
+        """
+        # Noise that is drawn twice can be subtracted. The seed differs by worker, and by how often the ledger was charged:
+        # so also in a second run, and after a round that was killed.
+        earlier = len(self.ledger.charges)
+        seed = np.random.SeedSequence([self.settings.seed, earlier, *self.name.encode()]).generate_state(1, np.uint64)[0]
+        settings = dataclasses.replace(self.settings, seed=int(seed >> np.uint64(1)))
+        steps = train(model, self.data, settings, method=self.method, optimizer=self.optimizer)
+        sigma = 0.0 if self.method == "sgd" else settings.noise_multiplier
+        self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        spent = self.epsilon("rdp")
+        return (dataclasses.replace(step, epsilon=spent) for step in steps)
+
+    def epsilon(self, accountant: str = "prv") -> float:
+        """ε of everything in the worker's ledger, at the settings' ``target_delta``."""
+        return self.ledger.epsilon(target_delta=self.settings.target_delta, accountant=accountant)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of one worker in one round.
+
+    Attributes:
+        round: 1, 2, … ``rounds``.
+        worker: the worker's name.
+        step: the worker's step.
+    """
+
+    round: int
+    worker: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round has come to, after the average.
+
+    Attributes:
+        round: 1, 2, … ``rounds``.
+        rounds: how many there are.
+        losses: by worker's name: the mean loss of its batches in this round, NaN where all were empty. Computed from
+            private data; ε does not cover showing it.
+        epsilons: by worker's name: ε of everything in its ledger, by RDP. One number a worker: not to be summed or averaged.
+        accuracy: of the averaged model on ``test_data``; None without.
+    """
+
+    round: int
+    rounds: int
+    losses: dict[str, float]
+    epsilons: dict[str, float]
+    accuracy: float | None = None
+
+
+def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """The weighted mean of the models' parameters and buffers: a state dict for ``model.load_state_dict``.
+
+    Args:
+        models: at least one; all with the same names and shapes. A model that Opacus has wrapped has names that begin
+            with ``_module.``: hand in its ``_module``.
+        weights: a number >= 0 a model, not all zero; only their proportions count. All the same if not given. Weights by
+            the number of records publish these numbers: take them as public, or weigh all the same.
+
+    Returns:
+        Names to tensors. What is not a floating-point number (a counter) is taken from the first model.
+
+    Raises:
+        ValueError: if there is no model, the weights do not fit, or the names or shapes differ.
+
+    Source: McMahan et al. 2017, Algorithm 1.
+
+    >>> a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> _ = nn.init.constant_(a.weight, 0.0), nn.init.constant_(b.weight, 4.0)
+    >>> federated_average([a, b], weights=[3, 1])["weight"]
+    tensor([[1.]])
+    """
+    states = [model.state_dict() for model in models]
+    if not states:
+        raise ValueError("models must hold at least one model, got none")
+    weights = [1.0] * len(states) if weights is None else [number("weights", w, low=0) for w in weights]
+    if len(weights) != len(states) or sum(weights) == 0:
+        raise ValueError(f"weights must hold one number for each of the {len(states)} models, not all zero, got {weights!r}")
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    for k, other in enumerate(shapes[1:], start=1):
+        if other != shapes[0]:
+            unlike = sorted(name for name in {**shapes[0], **other} if shapes[0].get(name) != other.get(name))
+            raise ValueError(
+                f"models must have the same names and shapes, got a model {k} that differs from model 0 at {unlike[0]!r}. "
+                "(Opacus' wrapper adds '_module.': hand in model._module.)"
+            )
+    total = sum(weights)
+    return {
+        name: sum(state[name] * (w / total) for state, w in zip(states, weights)) if first.is_floating_point() else first.clone()
+        for name, first in states[0].items()
+    }
+
+
+def train_turns(
+    workers: Sequence[Worker], model: nn.Module, rounds: int, *, weights: str = "size", test_data: Data | None = None
+) -> Iterator[Turn | Round]:
+    """As :func:`train_rounds`, but with every step of every worker in between: for a live picture, or to stop at once."""
+    rounds, _ = whole("rounds", rounds, low=1), choice("weights", weights, WEIGHTS)
+    names = [worker.name for worker in workers]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"workers must be at least one, each with a name of its own, got {names!r}")
+    return _turns(workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data)
+
+
+def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]:
+    for number_ in range(1, rounds + 1):
+        copies = {worker.name: copy.deepcopy(model) for worker in workers}
+        losses: dict[str, list[float]] = {worker.name: [] for worker in workers}
+        at_work = {worker.name: worker.train_round(copies[worker.name]) for worker in workers}
+        while at_work:  # one step each in turn, as if at the same time
+            for name in list(at_work):
+                step = next(at_work[name], None)
+                if step is None:
+                    del at_work[name]
+                    continue
+                losses[name].append(step.loss)
+                yield Turn(number_, name, step)
+        model.load_state_dict(federated_average(list(copies.values()), weights))
+        yield Round(
+            number_, rounds, {name: _mean(values) for name, values in losses.items()},
+            {worker.name: worker.epsilon("rdp") for worker in workers},
+            accuracy(model, test_data) if test_data is not None else None,
+        )
+
+
+def train_rounds(
+    workers: Sequence[Worker], model: nn.Module, rounds: int, *, weights: str = "size", test_data: Data | None = None
+) -> Iterator[Round]:
+    """Federated averaging, one :class:`Round` at a time. ``model`` becomes the average, in place, round by round.
+
+    In each round every worker starts from the same model, trains a copy for its local epochs, and the copies are averaged.
+
+    Args:
+        workers: at least one; two, three or ten work alike. Their records must be disjoint for "ε per worker" to hold.
+        model: the common start.
+        rounds: >= 1.
+        weights: ``"size"`` weighs a worker by its number of records, as in the paper; ``"equal"`` weighs all the same.
+        test_data: for ``Round.accuracy``.
+
+    Yields:
+        :class:`Round`, ``rounds`` of them. Nothing runs, and nothing is charged, until the first is asked for.
+
+    Raises:
+        ValueError: at the call, if an argument is out of its range.
+
+    Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
+    """
+    return (made for made in train_turns(workers, model, rounds, weights=weights, test_data=test_data) if isinstance(made, Round))
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]  # an empty batch has no loss
+    return sum(known) / len(known) if known else math.nan
