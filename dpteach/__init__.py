@@ -24,7 +24,7 @@ _HOME = {
     "Worker": "federated", "federated_average": "federated", "train_rounds": "federated",
     "Settings": "training", "Step": "training", "train": "training",
     "Explorer": "explorer", "Viewer": "explorer", "Range": "explorer",
-    "Playground": "explorer", "Scene": "explorer",
+    "FederatedExplorer": "explorer", "Playground": "explorer", "Scene": "explorer",
 }
 _ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "federated", "mechanism", "models", "plots", "training")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 #: Colour-blind safe, and at least 3 : 1 against white and against a dark page.
 COLOURS = {"private": "#0072B2", "non-private": "#767676", "budget": "#008F68", "attacker": "#D55E00",
-           "data": "#8C6BB1"}
+           "data": "#8C6BB1", "first worker": "#AA3377", "second worker": "#997700", "other worker": "#767676"}
 
 _WIDTH, _HEIGHT = 330, 250  # of one panel, in SVG units; the picture scales to its page
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 48, 38

@@ -22,8 +22,8 @@ FLOORS = {
     "_checks": 0,
     "data": 1, "models": 1, "mechanism": 1, "accounting": 1,
     "training": 2,
-    "attacks": 3, "experiments": 3, "federated": 3, "flower": 3,
-    "plots": 4,
+    "attacks": 3, "federated": 3, "flower": 3,
+    "experiments": 4, "plots": 4,
     "explorer": 5, "exercises": 5,
 }
 

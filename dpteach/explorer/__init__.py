@@ -8,8 +8,9 @@ Why SVG text in an ``HTML`` widget: a frame costs about a millisecond, follows t
 of our own, so it works wherever ipywidgets 7.7 or 8 does.
 """
 
+from dpteach.explorer.federated import FederatedExplorer
 from dpteach.explorer.live import RANGES, Range, Viewer
 from dpteach.explorer.playground import Pin, Playground, Scene
 from dpteach.explorer.training import Explorer
 
-__all__ = ["RANGES", "Explorer", "Pin", "Playground", "Range", "Scene", "Viewer"]
+__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Pin", "Playground", "Range", "Scene", "Viewer"]

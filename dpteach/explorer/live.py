@@ -85,6 +85,9 @@ class Live:
         values = {}
         for name, control in self.controls.items():
             now, before = control.value, (self._wanted or {}).get(name)
+            if not hasattr(control, "limits"):  # a menu
+                values[name] = now
+                continue
             # The browser answers a value with its own rounding of it: 1.0 with 1.0000000000000002, and one between two
             # stops of the slider with the nearest stop. That is no change.
             if before is not None and abs(control.place(now) - control.place(before)) <= 0.51 * control.step:
@@ -299,7 +302,8 @@ def words(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
 
 
-def slider_for(name: str, value: float, limits: Range) -> widgets.Widget:
+def slider_for(name: str, value: float, limits: Range, said: str = "") -> widgets.Widget:
+    said = said or words(name)
     limits = dataclasses.replace(limits, low=min(limits.low, value), high=max(limits.high, value))
     low, high = limits.low, limits.high
     style = {"description_width": "150px"}
@@ -311,13 +315,13 @@ def slider_for(name: str, value: float, limits: Range) -> widgets.Widget:
         slider = widgets.FloatLogSlider(
             value=value, step=step, style=style, layout=layout,
             min=start - step * round((start - math.log10(low)) / step), max=start + step * round((math.log10(high) - start) / step),
-            description=words(name), readout_format=".0f" if limits.whole else ".0e" if limits.high < 0.1 else ".3g",
+            description=said, readout_format=".0f" if limits.whole else ".0e" if limits.high < 0.1 else ".3g",
         )
     elif limits.whole:
-        slider = widgets.IntSlider(value=value, min=int(low), max=int(high), style=style, layout=layout, description=words(name))
+        slider = widgets.IntSlider(value=value, min=int(low), max=int(high), style=style, layout=layout, description=said)
     else:
         slider = widgets.FloatSlider(value=value, min=low, max=high, step=(high - low) / 200, style=style, layout=layout,
-                                     description=words(name))
+                                     description=said)
     slider.limits = limits
     slider.place = math.log10 if limits.log else float  # where a value lies, in units of the slider's step
     return slider

@@ -1,0 +1,343 @@
+"""Notebook 06: the weighted average, a ledger that loses count, a worker that pays too much, what bob learns about alice."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpteach._checks import whole
+from dpteach.accounting import Ledger, epsilon
+from dpteach.exercises.core import Complaint, Exercise, Verdict, Wrong, coding, value
+
+# 6.1: the weighted average
+
+
+def average(models, weights):
+    """The weighted mean of the models' parameters: a state dict."""
+    total = sum(weights)
+    states = [model.state_dict() for model in models]
+    return {name: sum(w / total * state[name] for w, state in zip(weights, states)) for name in states[0]}
+
+
+def _plain_mean(models, weights):
+    return average(models, [1.0] * len(models))
+
+
+def _weighted_sum(models, weights):
+    states = [model.state_dict() for model in models]
+    return {name: sum(w * state[name] for w, state in zip(weights, states)) for name in states[0]}
+
+
+def _divided_by_the_number(models, weights):
+    states = [model.state_dict() for model in models]
+    return {name: sum(w * state[name] for w, state in zip(weights, states)) / len(models) for name in states[0]}
+
+
+def _sum_of_all(models, weights):
+    states = [model.state_dict() for model in models]
+    return {name: sum(state[name] for state in states) for name in states[0]}
+
+
+def _weights_the_wrong_way_round(models, weights):
+    return average(models, [1 / w for w in weights])
+
+
+def _first_model_only(models, weights):
+    return models[0].state_dict()
+
+
+def _two_models_only(models, weights):
+    return average(models[:2], weights[:2])
+
+
+def _weights_squared(models, weights):
+    return average(models, [w * w for w in weights])
+
+
+def _flat_state(fn: Any, args: tuple) -> Any:
+    models, weights = args
+    before = copy.deepcopy([model.state_dict() for model in models])
+    result = fn(*args)
+    if isinstance(result, nn.Module):
+        result = result.state_dict()
+    if result is None or result is ... or result is NotImplemented:
+        return result
+    if not isinstance(result, dict):
+        raise Complaint(f"your function must return a state dict (names to tensors), got {type(result).__name__}.")
+    names = list(before[0])
+    if set(result) != set(names) or not all(isinstance(v, torch.Tensor) for v in result.values()):
+        raise Complaint(f"your state dict must have a tensor for each of {', '.join(names)}.")
+    for model, state in zip(models, before):
+        if any(not torch.equal(model.state_dict()[name], state[name]) for name in names):
+            raise Complaint("your function changes the workers' models. Make new tensors instead.")
+    for name in names:
+        if result[name].shape != before[0][name].shape:
+            raise Complaint(f"{name} must have the shape {tuple(before[0][name].shape)}, got {tuple(result[name].shape)}.")
+    return torch.cat([result[name].flatten() for name in names])
+
+
+def _models(count: int) -> list[nn.Module]:
+    made = []
+    for k in range(count):
+        model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for j, p in enumerate(model.parameters()):
+                p.copy_(torch.arange(float(p.numel())).reshape(p.shape) * (k + 1) ** 2 + j - k)
+        made.append(model)
+    return made
+
+
+# 6.2: a ledger that loses count
+
+
+def private_rounds(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    """Train for some rounds; ε of everything in the ledger after each, by RDP."""
+    path = []
+    for _ in range(rounds):
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)  # before, not after
+        train_one_round()
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def as_it_was_given(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = []
+    for _ in range(rounds):
+        ledger = Ledger()
+        train_one_round()
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def _one_new_ledger(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    return private_rounds(Ledger(), train_one_round, rounds, noise_multiplier, sample_rate, steps)
+
+
+def _charge_after(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = []
+    for _ in range(rounds):
+        train_one_round()
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def _charge_once(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+    path = []
+    for _ in range(rounds):
+        train_one_round()
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def _charge_all_first(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=rounds * steps)
+    path = []
+    for _ in range(rounds):
+        train_one_round()
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def _linear(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = []
+    for k in range(1, rounds + 1):
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        train_one_round()
+        path.append(k * epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, accountant="rdp"))
+    return path
+
+
+def _all_rounds_every_time(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = []
+    for k in range(1, rounds + 1):
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=k * steps)
+        train_one_round()
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+def _one_step_a_round(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    return private_rounds(ledger, train_one_round, rounds, noise_multiplier, sample_rate, 1)
+
+
+class _Crash(Exception):
+    """What stops the training in the middle of a round."""
+
+
+def _rounds_and_what_stays(fn: Any, args: tuple) -> Any:
+    """ε after each round; then what the ledger says after a crash in the third round, and how many rounds were trained."""
+    trained = []
+
+    def run(crash_in: int | None) -> tuple[Any, Ledger]:
+        ledger = Ledger()
+        ledger.charge(noise_multiplier=2.0, sample_rate=0.05, steps=40)  # an earlier run on the same records
+
+        def train_one_round():
+            trained.append(1)
+            if len(trained) == crash_in:
+                raise _Crash
+
+        try:
+            result = fn(ledger, train_one_round, *args)
+        except _Crash:
+            return "crashed", ledger
+        return result, ledger
+
+    path, ledger = run(None)
+    if path is None or path is ... or path is NotImplemented:
+        return path
+    if not isinstance(path, (list, tuple)) or not all(isinstance(x, (int, float)) for x in path):
+        raise Complaint("your function must return a list of numbers: ε after each round.")
+    rounds_trained = len(trained)
+    if rounds_trained != args[0]:
+        raise Complaint(f"train_one_round must run once in each of the {args[0]} rounds, it ran {rounds_trained} times.")
+    whole_run = ledger.steps
+    trained.clear()
+    crashed, after_crash = run(3)
+    if crashed != "crashed":
+        raise Complaint("your function hides an error of train_one_round. Let it through: the caller must know.")
+    return [*map(float, path), float(whole_run), float(after_crash.steps)]
+
+
+# 6.3: a worker who pays too much
+
+SIGMA, BATCH, ROUNDS, DELTA = 1.2, 128, 5, 1e-5
+
+
+def price_of(n: int) -> float:
+    """ε of 5 rounds of one local epoch for a worker with ``n`` records (σ = 1.2, batch 128, δ = 1e-5), by RDP."""
+    per_round = math.ceil(n / BATCH)
+    return epsilon(noise_multiplier=SIGMA, sample_rate=1 / per_round, steps=ROUNDS * per_round, target_delta=DELTA, accountant="rdp")
+
+
+_NO_COUNT = f"the answer must be a whole number of records, at least {BATCH}: the batch size."
+_TOO_CHEAP = (
+    "with so many records ε stays below 5. A record's rate q is one over the number of batches: which n makes q large?"
+)
+_AT_LEAST = f"a batch of {BATCH} needs at least {BATCH} records: `train` refuses a batch that is larger than the data."
+_HUGE = "that is alice's size: her ε is below 1. What is different about a *small* worker?"
+_FOUND = (
+    "few records, so each is in a large part of the batches. Same code, same σ, same number of rounds, and a promise that "
+    "is several times weaker. A small worker needs a larger σ of its own, or a smaller batch: never alice's settings unread."
+)
+
+
+def _examine_small_worker(answer: Any) -> Verdict:
+    try:
+        n = whole("n", answer, low=1)
+    except ValueError:
+        return Verdict(False, _NO_COUNT)
+    if n < BATCH:
+        return Verdict(False, _AT_LEAST)
+    if n >= 20_000:
+        return Verdict(False, _HUGE)
+    return Verdict(True, _FOUND) if price_of(n) > 5 else Verdict(False, _TOO_CHEAP)
+
+
+# 6.4: what bob learns about alice
+
+ALICE, BOB = 1.0, 2.0
+
+
+def _sure(e: float) -> float:
+    return math.exp(e) / (1 + math.exp(e))
+
+
+EXERCISES = [
+    coding(
+        "6.1",
+        hint="`model.state_dict()` gives a model's tensors by name. For each name: multiply each worker's tensor by its share of "
+             "all the weights, and add. The shares must sum to 1.",
+        reference=average,
+        inputs=[
+            lambda: (_models(2), [3.0, 1.0]),
+            lambda: (_models(3), [10.0, 20.0, 50.0]),
+        ],
+        observe=_flat_state,
+        wrong=[
+            Wrong(_plain_mean, "every worker counts the same. That is right for workers of one size; here the weights say that "
+                               "one has more records, and its model should count for more."),
+            Wrong(_weighted_sum, "you multiply by the weights but never divide by their sum. With 30,000 records a worker, the "
+                                 "average would be tens of thousands of times too large."),
+            Wrong(_divided_by_the_number, "you divide the weighted sum by the number of workers. Divide by the sum of the *weights*: "
+                                          "the shares must sum to 1."),
+            Wrong(_sum_of_all, "this is the sum of the models, not their mean: with two equal models the result must be that model."),
+            Wrong(_weights_the_wrong_way_round, "the weights work the wrong way round: the worker with the most records counts least."),
+            Wrong(_first_model_only, "this is the first worker's model. The others trained for nothing."),
+            Wrong(_two_models_only, "the third worker is left out. Go over all the models, however many there are."),
+            Wrong(_weights_squared, "the weights enter twice. Multiply by weight / (sum of weights), once."),
+        ],
+        praise="each worker counts by its share, and the shares sum to 1. Whatever the weights are, the average reads no private "
+               "record: it costs no ε.",
+    ),
+    coding(
+        "6.2",
+        hint="Two lines are at fault. Which ledger still knows the earlier run, and the rounds before? And what does the ledger say "
+             "if the power fails inside of `train_one_round`?",
+        reference=private_rounds,
+        inputs=[lambda: (4, 1.2, 0.1, 10), lambda: (3, 0.9, 0.02, 50)],
+        observe=_rounds_and_what_stays,
+        wrong=[
+            Wrong(as_it_was_given, "each round has a new ledger of its own, so every round reports the ε of one round: it never "
+                                   "grows. Charge the ledger that you were given."),
+            Wrong(_one_new_ledger, "you start a new ledger. The one that you were given knows of an earlier run on the same records: "
+                                   "that run still counts."),
+            Wrong(_charge_after, "you charge after the training. If it stops half-way, the model has seen the records and the ledger "
+                                 "knows nothing of it. Charge first."),
+            Wrong(_charge_once, "you charge once, but every round trains. Each round must be paid for."),
+            Wrong(_charge_all_first, "you charge all the rounds before the first. The total is right, but what you report after each "
+                                     "round is too high, and a run that ends early has paid for rounds that never ran. Charge round "
+                                     "by round."),
+            Wrong(_linear, "you multiply one round's ε by the number of rounds, and forget the earlier run. Steps compose better than "
+                           "that: ask the ledger."),
+            Wrong(_all_rounds_every_time, "you charge all the steps so far in every round: earlier rounds are paid for again and again."),
+            Wrong(_one_step_a_round, "you charge one step a round. The noise is added in each *step* of a local epoch: charge `steps`."),
+        ],
+        praise="one ledger for one set of records, over rounds and runs, and it is charged before each round. After a crash it says "
+               "more than was used at the worst, never less.",
+    ),
+    Exercise(
+        "6.3",
+        hint="Bob's rate is q = 1 / ⌈n / 128⌉. Try `price_of(30_000)`, then smaller numbers.",
+        reference=300,
+        examine=_examine_small_worker,
+        wrong=(
+            Wrong(100, _AT_LEAST),
+            Wrong(30_000, _HUGE),
+            Wrong(3000, _TOO_CHEAP),
+            Wrong("few", _NO_COUNT),
+        ),
+        solution="`answer_6_3 = 300`: three batches, q = 1/3, and ε is 7.63. Every n from 128 to 896 (seven batches) does it.",
+    ),
+    value(
+        "6.4",
+        hint="Odds are probability / (1 - probability). Before, they are 1 to 1. Whatever bob sees that comes out of alice's private "
+             "updates multiplies them by e^ε at most (notebook 03). Whose ε counts?",
+        answer=round(_sure(ALICE), 4),
+        wrong=[
+            Wrong(0.5, "that would be ε = 0: bob learns nothing at all. Alice's promise is weaker."),
+            Wrong(1.0, "bob does get alice's model exactly, but that model is private: ε holds for whoever sees it, with whatever else "
+                       "they know."),
+            Wrong(round(_sure(BOB), 4), "this is bob's ε. It protects bob's records from alice. Alice's records are protected by "
+                                        "alice's ε."),
+            Wrong(round(_sure(ALICE + BOB), 4), "you added the two ε. Only alice's training has read alice's records; bob's noise and "
+                                                "bob's ε say nothing about them."),
+            Wrong(round(_sure((ALICE + BOB) / 2), 4), "you averaged the two ε. An average is nobody's promise: alice's records are "
+                                                      "protected by alice's ε."),
+            Wrong(round(math.exp(ALICE), 4), "e^ε multiplies the *odds*, it is not a probability. Odds of 2.72 to 1 are a probability of "
+                                             "2.72 / 3.72."),
+            Wrong(round(math.exp(ALICE) / 2, 4), "e^ε multiplies the odds, not the probability: a probability above 1 can't be right."),
+            Wrong(round(1 - math.exp(-ALICE), 4), "this is not the posterior. Turn the prior into odds (1 to 1), multiply by e^ε, and turn "
+                                                  "the odds back into a probability."),
+        ],
+        praise="odds of 1 to 1 become at most e to 1, which is 73 % (and δ more). It does not matter that bob can compute alice's model "
+               "from the average: ε already assumes that he sees it.",
+        solution="**0.731**: e^1 / (1 + e^1). Bob subtracts his own model from the average and has alice's, so he sees all that alice "
+                 "sent. Her ε = 1 holds against exactly that. His own ε = 2 is about *his* records.",
+    ),
+]
