@@ -8,8 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from dpteach import models, plots
-from dpteach.data import two_moons
-from dpteach.explorer import RANGES, Explorer, Playground, Range, Scene, Viewer
+from dpteach.data import split, two_moons
+from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
+from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
 from dpteach.training import Settings, train
 
@@ -319,3 +320,81 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
     share = sum(drawing[:-1]) / drawing[-1]
     print(f"\ndrawing: {share:.1%} of the thread's time, {len(drawing) // 3} frames")
     assert len(drawing) > 15 and share < 0.1  # 4 to 5 % on a quiet machine
+
+
+@pytest.fixture
+def federate():
+    made = []
+
+    def make(**more):
+        settings = more.pop("settings", Settings(1.2, epochs=1, batch_size=50, lr=1.0))
+        made.append(FederatedExplorer(two_moons(400), models.mlp, settings, test_data=two_moons(200, seed=1), **more))
+        return made[-1]
+
+    yield make
+    for explorer in made:
+        explorer.stop()
+        explorer.wait(10)
+
+
+def test_the_federated_explorer_trains_what_train_rounds_trains(federate):
+    explorer = federate(rounds=3, noise_multipliers=(1.5, 1.1))
+    explorer.wait(30)
+    parts = split(two_moons(400), 2)
+    workers = [Worker(name, part, Settings(sigma, epochs=1, batch_size=50, lr=1.0))
+               for name, part, sigma in zip(("alice", "bob"), parts, (1.5, 1.1))]
+    assert explorer.rounds == list(train_rounds(workers, models.mlp(), 3, test_data=two_moons(200, seed=1)))
+    assert explorer.status.startswith("Finished") and "never their sum or mean" in explorer._price_line.value
+    assert f"alice (200 records, σ = 1.5): ε = {workers[0].epsilon():.2f} (PRV)" in explorer.summary()
+    ElementTree.fromstring(explorer._picture.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("noise_multiplier_bob", 5.0), ("rounds", 2), ("share", 0.9), ("share", 0.02), ("skew", 0.99), ("weights", "equal"),
+])
+def test_every_control_of_the_federated_explorer_trains_again_with_its_value(federate, name, value):
+    explorer = federate(rounds=1)
+    explorer.wait(30)
+    before = explorer.rounds
+    explorer.controls[name].value = value
+    explorer.wait(30)
+    assert explorer.status.startswith("Finished") and explorer.values[name] == value
+    assert explorer.rounds != before or name == "weights"
+    assert "nan" not in explorer._picture.value
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_the_federated_explorer_takes_a_third_and_a_tenth_worker(federate, count):
+    explorer = federate(rounds=1, workers=[f"w{k}" for k in range(count)])
+    explorer.wait(30)
+    assert len(explorer.rounds[0].epsilons) == count
+    assert len([name for name in explorer.controls if name.startswith("noise_multiplier")]) == (3 if count == 3 else 1)
+
+
+def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
+    explorer = federate(rounds=20, settings=Settings(1.2, epochs=2000, batch_size=50, lr=1.0))
+    wait_for(lambda: explorer._run.turns > 20)
+    explorer.stop()
+    explorer.wait(2)
+    assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")
+
+
+def test_one_training_at_a_time_of_whatever_kind(explore, federate):
+    first = explore(LONG)
+    wait_for(lambda: first.steps)
+    second = federate()
+    second.wait(30)
+    assert first.status.startswith("Stopped, because another explorer started") and second.status.startswith("Finished")
+
+
+def test_a_federation_that_diverges_stops_with_a_reason(federate):
+    explorer = federate(rounds=10, settings=Settings(1.2, epochs=1, batch_size=50, lr=1e30))
+    explorer.wait(30)
+    assert explorer.status.startswith("Diverged in round") and explorer.still() is not None
+
+
+def test_the_federated_explorer_refuses_what_makes_no_sense():
+    for more, sentence in (({"workers": ["alice"]}, "workers must be at least two different names"),
+                           ({"noise_multipliers": [1.0]}, "noise_multipliers must hold one number for each of the 2 workers")):
+        with pytest.raises(ValueError, match=sentence):
+            FederatedExplorer(two_moons(100), models.mlp, test_data=two_moons(50), **more)

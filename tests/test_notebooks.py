@@ -16,7 +16,7 @@ import dpteach
 
 torch.set_num_threads(1)  # small models train faster on one core"""
 
-MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:Explorer|Viewer|Playground)\("
+MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\("
 
 
 @pytest.fixture(params=PATHS, ids=[p.stem for p in PATHS])

@@ -1,4 +1,4 @@
-"""Notebook 06: the weighted average, a ledger that loses count, a worker that pays too much, what bob learns about alice."""
+"""Notebook 06: the weighted average, a worker that pays too much, a ledger that loses count, what bob learns about alice."""
 
 import copy
 import math
@@ -89,7 +89,42 @@ def _models(count: int) -> list[nn.Module]:
     return made
 
 
-# 6.2: a ledger that loses count
+# 6.2: a worker who pays too much
+
+SIGMA, BATCH, ROUNDS, DELTA = 1.2, 128, 5, 1e-5
+
+
+def price_of(n: int) -> float:
+    """ε of 5 rounds of one local epoch for a worker with ``n`` records (σ = 1.2, batch 128, δ = 1e-5), by RDP."""
+    per_round = math.ceil(n / BATCH)
+    return epsilon(noise_multiplier=SIGMA, sample_rate=1 / per_round, steps=ROUNDS * per_round, target_delta=DELTA, accountant="rdp")
+
+
+_NO_COUNT = f"the answer must be a whole number of records, at least {BATCH}: the batch size."
+_TOO_CHEAP = (
+    "with so many records ε stays below 5. A record's rate q is one over the number of batches: which n makes q large?"
+)
+_AT_LEAST = f"a batch of {BATCH} needs at least {BATCH} records: `train` refuses a batch that is larger than the data."
+_HUGE = "that is alice's size: her ε is below 1. What is different about a *small* worker?"
+_FOUND = (
+    "few records, so each is in a large part of the batches. Same code, same σ, same number of rounds, and a promise that "
+    "is several times weaker. A small worker needs a larger σ of its own, or a smaller batch: never alice's settings unread."
+)
+
+
+def _examine_small_worker(answer: Any) -> Verdict:
+    try:
+        n = whole("n", answer, low=1)
+    except ValueError:
+        return Verdict(False, _NO_COUNT)
+    if n < BATCH:
+        return Verdict(False, _AT_LEAST)
+    if n >= 20_000:
+        return Verdict(False, _HUGE)
+    return Verdict(True, _FOUND) if price_of(n) > 5 else Verdict(False, _TOO_CHEAP)
+
+
+# 6.3: a ledger that loses count
 
 
 def private_rounds(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
@@ -204,41 +239,6 @@ def _rounds_and_what_stays(fn: Any, args: tuple) -> Any:
     return [*map(float, path), float(whole_run), float(after_crash.steps)]
 
 
-# 6.3: a worker who pays too much
-
-SIGMA, BATCH, ROUNDS, DELTA = 1.2, 128, 5, 1e-5
-
-
-def price_of(n: int) -> float:
-    """ε of 5 rounds of one local epoch for a worker with ``n`` records (σ = 1.2, batch 128, δ = 1e-5), by RDP."""
-    per_round = math.ceil(n / BATCH)
-    return epsilon(noise_multiplier=SIGMA, sample_rate=1 / per_round, steps=ROUNDS * per_round, target_delta=DELTA, accountant="rdp")
-
-
-_NO_COUNT = f"the answer must be a whole number of records, at least {BATCH}: the batch size."
-_TOO_CHEAP = (
-    "with so many records ε stays below 5. A record's rate q is one over the number of batches: which n makes q large?"
-)
-_AT_LEAST = f"a batch of {BATCH} needs at least {BATCH} records: `train` refuses a batch that is larger than the data."
-_HUGE = "that is alice's size: her ε is below 1. What is different about a *small* worker?"
-_FOUND = (
-    "few records, so each is in a large part of the batches. Same code, same σ, same number of rounds, and a promise that "
-    "is several times weaker. A small worker needs a larger σ of its own, or a smaller batch: never alice's settings unread."
-)
-
-
-def _examine_small_worker(answer: Any) -> Verdict:
-    try:
-        n = whole("n", answer, low=1)
-    except ValueError:
-        return Verdict(False, _NO_COUNT)
-    if n < BATCH:
-        return Verdict(False, _AT_LEAST)
-    if n >= 20_000:
-        return Verdict(False, _HUGE)
-    return Verdict(True, _FOUND) if price_of(n) > 5 else Verdict(False, _TOO_CHEAP)
-
-
 # 6.4: what bob learns about alice
 
 ALICE, BOB = 1.0, 2.0
@@ -275,8 +275,21 @@ EXERCISES = [
         praise="each worker counts by its share, and the shares sum to 1. Whatever the weights are, the average reads no private "
                "record: it costs no ε.",
     ),
-    coding(
+    Exercise(
         "6.2",
+        hint="Bob's rate is q = 1 / ⌈n / 128⌉. Try `price_of(30_000)`, then smaller numbers.",
+        reference=300,
+        examine=_examine_small_worker,
+        wrong=(
+            Wrong(100, _AT_LEAST),
+            Wrong(30_000, _HUGE),
+            Wrong(3000, _TOO_CHEAP),
+            Wrong("few", _NO_COUNT),
+        ),
+        solution="`answer_6_2 = 300`: three batches, q = 1/3, and ε is 7.63. Every n from 128 to 896 (seven batches) does it.",
+    ),
+    coding(
+        "6.3",
         hint="Two lines are at fault. Which ledger still knows the earlier run, and the rounds before? And what does the ledger say "
              "if the power fails inside of `train_one_round`?",
         reference=private_rounds,
@@ -300,19 +313,6 @@ EXERCISES = [
         ],
         praise="one ledger for one set of records, over rounds and runs, and it is charged before each round. After a crash it says "
                "more than was used at the worst, never less.",
-    ),
-    Exercise(
-        "6.3",
-        hint="Bob's rate is q = 1 / ⌈n / 128⌉. Try `price_of(30_000)`, then smaller numbers.",
-        reference=300,
-        examine=_examine_small_worker,
-        wrong=(
-            Wrong(100, _AT_LEAST),
-            Wrong(30_000, _HUGE),
-            Wrong(3000, _TOO_CHEAP),
-            Wrong("few", _NO_COUNT),
-        ),
-        solution="`answer_6_3 = 300`: three batches, q = 1/3, and ε is 7.63. Every n from 128 to 896 (seven batches) does it.",
     ),
     value(
         "6.4",

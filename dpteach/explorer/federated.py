@@ -15,7 +15,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data, split
-from dpteach.explorer.live import Range, Trainer, slider_for
+from dpteach.explorer.live import Range, Trainer, diverged, slider_for
 from dpteach.federated import WEIGHTS, Round, Turn, Worker, train_turns
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings
@@ -190,7 +190,7 @@ class FederatedExplorer(Trainer):
             else:
                 run.made.append(made)
                 status = f"Round {made.round} of {run.rounds} averaged: test accuracy {made.accuracy:.0%}"
-                if not self._finite(model):
+                if diverged(model, self._test_data):
                     run.ended = f"Diverged in round {made.round}: the average is not a number any more. Try a lower learning rate."
                     break
             if time.perf_counter() >= next_frame:
@@ -209,10 +209,6 @@ class FederatedExplorer(Trainer):
         with torch.random.fork_rng(devices=[]):  # for a make_model that draws from the global generator
             torch.manual_seed(self._settings.seed)
             return self._make_model()
-
-    @staticmethod
-    def _finite(model: nn.Module) -> bool:
-        return all(bool(p.isfinite().all()) for p in model.parameters())
 
     def _panels(self) -> list[Panel]:
         return self._panels_of(self._run)

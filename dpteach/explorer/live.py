@@ -9,9 +9,12 @@ from html import escape
 from typing import Any
 
 import ipywidgets as widgets
+import torch
 from IPython.display import display
+from torch import nn
 
 from dpteach._checks import choice
+from dpteach.data import Data
 from dpteach.plots import Panel, alt_text, still, svg
 
 _DEBOUNCE = 0.08  # seconds without another change before a run starts
@@ -288,6 +291,12 @@ class Viewer(Live):
 
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         self._show(generation, picture=svg(self._draw(**values)), status="")
+
+
+@torch.no_grad()
+def diverged(model: nn.Module, data: Data) -> bool:
+    """Whether the model's scores are not all finite numbers any more."""
+    return not bool(model(data.X[:32]).isfinite().all())
 
 
 def show_widget(box: widgets.Widget, words: str) -> None:

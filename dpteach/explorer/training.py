@@ -19,7 +19,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.live import RANGES, Range, Trainer, slider_for, words
+from dpteach.explorer.live import RANGES, Range, Trainer, diverged, slider_for, words
 from dpteach.plots import Line, Mark, Panel, Points, contour, svg
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, delta_warning, train
 
@@ -210,7 +210,7 @@ class Explorer(Trainer):
                 run.epsilons.append(step.epsilon)
                 next(beside, None)
                 now = time.perf_counter()
-                if math.isnan(step.loss) and self._diverged(run.model):  # an empty batch has no loss either
+                if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
                     run.ended = f"Diverged at step {step.step}: the loss is not a number any more. Try a lower learning rate."
                     break
                 if generation != self._generation:
@@ -232,10 +232,6 @@ class Explorer(Trainer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a δ of 1/n or more: the price line says it
             return train(model, self._data, settings, method=method, optimizer=self._optimizer, test_data=self._test_data)
-
-    @torch.no_grad()
-    def _diverged(self, model: nn.Module) -> bool:
-        return not model(self._data.X[:32]).isfinite().all()
 
     def _make_exact(self, run: Run, generation: int) -> None:
         run.exact = self._whole_price(run.settings, "prv")
