@@ -19,7 +19,7 @@ explorer = Explorer(two_moons(2000), models.mlp, Settings(0.77, 1.3, epochs=600,
                     ranges={"epochs": Range(1, 1000, whole=True), "batch_size": Range(1, 5000, log=True, whole=True)})
 explorer
 """
-THREADS = "print([t.name for t in threading.enumerate() if t.name.startswith('dpteach')])"
+THREADS = "print([t.name for t in threading.enumerate() if t.name == 'dpteach-train'])"
 
 
 @pytest.fixture(scope="module")
