@@ -15,9 +15,10 @@ from html import escape
 
 import numpy as np
 
-#: Colour-blind safe, and at least 3 : 1 against white and against a dark page.
-COLOURS = {"private": "#0072B2", "non-private": "#767676", "budget": "#008F68", "attacker": "#D55E00",
-           "data": "#8C6BB1", "first worker": "#AA3377", "second worker": "#997700", "other worker": "#767676"}
+#: At least 3 : 1 against JupyterLab's light and dark page, and any two can be told apart with every common colour-vision
+#: deficiency; tests/test_colours.py computes both.
+COLOURS = {"private": "#006BAD", "non-private": "#787878", "budget": "#028F5E", "attacker": "#BF500D",
+           "data": "#987CC1", "first worker": "#A4367B", "second worker": "#B98D12", "other worker": "#787878"}
 
 _WIDTH, _HEIGHT = 330, 250  # of one panel, in SVG units; the picture scales to its page
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 48, 38
@@ -87,6 +88,9 @@ class Panel:
         alt: a sentence that says what the picture shows, with its figures.
         x_range, y_range: (low, high); from the items if not given.
         x_log, y_log: draw on a logarithmic axis; values that are not positive are left out.
+
+    Raises:
+        ValueError: if two items with a label look the same: the same sign in the same colour.
     """
 
     title: str
@@ -98,6 +102,14 @@ class Panel:
     y_range: tuple[float, float] | None = None
     x_log: bool = False
     y_log: bool = False
+
+    def __post_init__(self):
+        seen: dict[tuple, str] = {}
+        for item in self.items:
+            look = (type(item), COLOURS[item.role], getattr(item, "dashed", False), getattr(item, "cross", False))
+            if item.label and seen.setdefault(look, item.label) != item.label:
+                raise ValueError(f"items must look different, got {seen[look]!r} and {item.label!r} as the same sign in the "
+                                 f"same colour in {self.title!r}; give one another role, or dashed=True, or cross=True")
 
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes: as given, or around every finite value of the items."""
@@ -276,14 +288,14 @@ def _svg_panel(panel: Panel) -> str:
             shape = "M%.0f,%.0fm-2,-2l4,4m0,-4l-4,4" if item.cross else "M%.0f,%.0fh.01"
             path = _filled(shape, spots[np.isfinite(spots).all(axis=1)])
             out.append(
-                f'<path d="{path}" fill="none" stroke="{colour}" stroke-opacity=".6" stroke-linecap="round" '
+                f'<path d="{path}" fill="none" stroke="{colour}" stroke-linecap="round" '
                 f'stroke-width="{1.2 if item.cross else 4 if len(spots) > 30 else 7}"/>'
             )
         elif isinstance(item, Bars):
             edges, base = px(item.edges), _TOP + inner_h
             for left, right, top in zip(edges, edges[1:], py(item.heights)):
                 if math.isfinite(top):
-                    out.append(f'<path d="M{left:.1f},{base}V{top:.1f}H{right:.1f}V{base}" fill="{colour}" fill-opacity=".45"/>')
+                    out.append(f'<path d="M{left:.1f},{base}V{top:.1f}H{right:.1f}V{base}" stroke="{colour}" fill="{colour}" fill-opacity=".45"/>')
         elif item.x is not None:
             out.append(f'<path d="M{px([item.x])[0]:.1f},{_TOP}v{inner_h}" stroke="{colour}" stroke-width="1.8" stroke-dasharray="2 2"/>')
         else:
@@ -332,10 +344,11 @@ def _matplotlib_panel(axes, panel: Panel) -> None:
             axes.fill_between(_array(item.xs), _array(item.low), _array(item.high), alpha=0.2, linewidth=0, **style)
         elif isinstance(item, Points):
             size = 14 if item.cross else 8 if len(item.xs) > 30 else 28
-            axes.scatter(item.xs, item.ys, s=size, alpha=0.6, marker="x" if item.cross else "o",
+            axes.scatter(item.xs, item.ys, s=size, marker="x" if item.cross else "o",
                          linewidths=1 if item.cross else 0, **style)
         elif isinstance(item, Bars):
             axes.stairs(item.heights, item.edges, fill=True, alpha=0.45, **style)
+            axes.stairs(item.heights, item.edges, linewidth=1, color=style["color"])
         elif item.x is not None:
             axes.axvline(item.x, linestyle=":", linewidth=1.5, **style)
         else:
