@@ -1,6 +1,6 @@
 """The reference experiments: runs too long for a notebook, run once and stored with what is needed to repeat them.
 
-``python -m dpteach.experiments two-workers`` writes ``data/results/two-workers.csv``.
+``python -m dpteach.experiments two-workers`` writes ``dpteach/results/two-workers.csv``.
 """
 
 import csv
@@ -20,7 +20,7 @@ from dpteach.data import load_mnist, split
 from dpteach.federated import Worker, train_rounds
 from dpteach.training import Settings, train
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"  # in the package: a notebook reads them wherever it is installed
 _GUIDE_DELTA = 1e-5
 
 

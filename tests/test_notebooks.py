@@ -6,16 +6,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dpteach import publish
 from dpteach.exercises import every, folded
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SETUP = """\
-import torch
-import dpteach
-
-torch.set_num_threads(1)  # small models train faster on one core"""
-
+SETUP = publish.set_up_cell(publish.address())
 MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\("
 
 

@@ -24,7 +24,7 @@ FLOORS = {
     "training": 2,
     "attacks": 3, "federated": 3, "flower": 3,
     "experiments": 4, "plots": 4,
-    "explorer": 5, "exercises": 5,
+    "explorer": 5, "exercises": 5, "publish": 5,
 }
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -122,5 +122,6 @@ def test_every_requirement_has_a_lower_bound_and_a_reason():
 def test_requirements_and_pyproject_name_the_same_lower_bounds():
     required = [line.split("#")[0].strip() for line in requirement_lines()]
     declared = pyproject()["project"]["dependencies"]
-    assert declared and set(declared) <= set(required)
+    assert {"ipywidgets>=7.7"} == set(declared) - set(required)  # the package runs on Colab's 7.7; the workbook's JupyterLab needs 8.1
+    assert len(declared) > 5 and "ipywidgets>=8.1" in required
     assert len({re.split(">=", line)[0] for line in required}) == len(required)
