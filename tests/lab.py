@@ -1,4 +1,12 @@
-"""JupyterLab in a headless Chromium, for the browser tests: start both, run a notebook, drag a slider, watch the frames."""
+"""JupyterLab in a headless Chromium, for the browser tests: start both, run a notebook, drag a slider, watch the frames.
+
+A wait ends as soon as its condition holds, and gives up after a time that grows with how slow the machine is just then:
+see :func:`slowness`. What the tests know about JupyterLab stands here:
+
+- Right after a page has loaded, Lab swallows Shift+Enter: cells are run by Lab's own commands, from inside the page.
+- Lab answers a slider's value with its own rounding of it: 1.0000000000000002.
+- An explorer trains in a thread named ``dpteach-train``; ``dpteach-price``, for the tight ε, may outlive it by seconds.
+"""
 
 import json
 import os
@@ -10,36 +18,61 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 CHROMIUM_ARGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
+    # Two tabs at once: Chromium slows down one that it takes to be hidden.
+    "--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
 ]
+TRAINERS = "print(sum(t.name == 'dpteach-train' for t in __import__('threading').enumerate()))"
 
-# Every change of a picture or a status, with the time at which the page had it.
-WATCH = """() => {
+# Every change of the picture or of the status in one cell's output, with the time at which the page had it.
+WATCH = """(cell) => {
   window.frames_seen = [];
+  window.frames_observer?.disconnect();
   const look = () => {
-    const svg = document.querySelector('.jp-Notebook svg[role=img]'), status = document.querySelector('.jp-Notebook [role=status]');
-    const row = {alt: svg ? svg.getAttribute('aria-label') : '', status: status ? status.textContent : ''};
-    const last = window.frames_seen[window.frames_seen.length - 1] || {};
-    if (row.alt !== last.alt || row.status !== last.status) window.frames_seen.push({...row, ms: performance.now()});
+    const svg = cell.querySelector('svg[role=img]'), status = cell.querySelector('.dpteach-status');
+    const row = {alt: svg?.getAttribute('aria-label') ?? '', picture: svg?.outerHTML ?? '', status: status?.textContent ?? ''};
+    const last = window.frames_seen.at(-1);
+    if (row.picture !== last?.picture || row.status !== last?.status) window.frames_seen.push({...row, ms: performance.now()});
   };
-  new MutationObserver(look).observe(document.querySelector('.jp-Notebook'), {subtree: true, childList: true, attributes: true});
+  window.frames_observer = new MutationObserver(look);
+  window.frames_observer.observe(cell, {subtree: true, childList: true, attributes: true});
   look();
 }"""
 
-EXECUTE = """async (code) => {
-  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-  const future = kernel.requestExecute({code, store_history: false});
+NOTEBOOK = "window.jupyterapp.shell.currentWidget"
+
+EXECUTE = f"""async (code) => {{
+  const future = {NOTEBOOK}.sessionContext.session.kernel.requestExecute({{code, store_history: false}});
   let text = '';
-  future.onIOPub = m => { if (m.header.msg_type === 'stream') text += m.content.text;
-                          if (m.header.msg_type === 'error') text += 'ERROR ' + m.content.evalue; };
+  future.onIOPub = m => {{ if (m.header.msg_type === 'stream') text += m.content.text;
+                           if (m.header.msg_type === 'error') text += 'ERROR ' + m.content.evalue; }};
   await future.done;
   return text;
-}"""
+}}"""
+
+
+def slowness() -> float:
+    """How many times slower than a quiet machine this one is now: 1 or more. Limits of time are multiplied by it."""
+    began = time.perf_counter()
+    for _ in range(1_000_000):
+        pass
+    return max(1.0, (time.perf_counter() - began) / 0.04, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def new_notebook(folder: Path, name: str, *cells: str) -> str:
+    """Write a notebook with these code cells; its name."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(notebook, folder / name)
+    return name
 
 
 @contextmanager
@@ -63,7 +96,7 @@ def lab_server(folder: Path):
     finally:
         server.send_signal(signal.SIGTERM)
         try:
-            server.wait(20)
+            server.wait(20 * slowness())
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
@@ -71,7 +104,7 @@ def lab_server(folder: Path):
 
 
 def _address(runtime: Path, server: subprocess.Popen, log: Path) -> str:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * slowness()
     while time.monotonic() < deadline and server.poll() is None:
         for path in runtime.glob("jpserver-*.json"):
             try:
@@ -89,55 +122,124 @@ class LabPage:
         self.page = page
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(30_000 * slowness())
+        self.cell = page.locator(".jp-Notebook .jp-Cell").first
 
     def open(self, address: str, name: str) -> "LabPage":
-        self.page.goto(f"{address}lab/tree/{name}?token=dpteach&reset")
-        self.page.wait_for_function(
-            "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000
-        )
+        self.page.goto(f"{address}lab/tree/{name}?token=dpteach&reset", timeout=60_000 * slowness())
+        self._wait_for_kernel(name)
         return self
 
-    def run_all(self, *, timeout: float = 120) -> "LabPage":
-        """Run every cell and wait until the last one has run."""
-        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')", None)
-        self.page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'",
-            timeout=timeout * 1000,
-        )
+    def open_beside(self, name: str) -> "LabPage":
+        """Open another notebook in the same JupyterLab page: quicker than another page."""
+        self.command("docmanager:open", path=name)
+        self._wait_for_kernel(name)
         return self
+
+    def _wait_for_kernel(self, name: str) -> None:
+        self.page.wait_for_function(f"""name => {NOTEBOOK}?.context?.path === name
+            && {NOTEBOOK}.sessionContext?.session?.kernel?.status === 'idle'""", arg=name, timeout=90_000 * slowness())
+
+    def reload(self) -> "LabPage":
+        """What the browser's reload button does, after a save."""
+        self.command("docmanager:save")
+        name = self.page.evaluate(f"() => {NOTEBOOK}.context.path")
+        self.page.reload(timeout=60_000 * slowness())
+        self._wait_for_kernel(name)
+        return self
+
+    def command(self, name: str, *, timeout: float = 30, **arguments) -> None:
+        """Run one of Lab's commands and wait until it is done."""
+        self.page.evaluate(
+            """([name, args, ms]) => Promise.race([
+                 window.jupyterapp.commands.execute(name, args),
+                 new Promise((_, no) => setTimeout(() => no(new Error(name + ': not done in time')), ms))]).then(() => null)""",
+            [name, arguments, 1000 * timeout * slowness()],
+        )
+
+    def run_all(self, *, timeout: float = 120) -> "LabPage":
+        """Run every cell, and wait until the last one has run and none has failed."""
+        self.command("notebook:run-all-cells", timeout=timeout)
+        assert self.failures() == []
+        return self
+
+    def run_cell(self, index: int = 0, *, timeout: float = 120) -> "LabPage":
+        self.page.evaluate(f"i => {{ {NOTEBOOK}.content.activeCellIndex = i; }}", index)
+        self.command("notebook:run-cell", timeout=timeout)
+        return self
+
+    def end_kernel(self) -> None:
+        """A training that goes on would slow down the next test."""
+        self.page.evaluate(f"() => {NOTEBOOK}.sessionContext.shutdown()")
+
+    def close(self) -> None:
+        self.end_kernel()
+        self.page.close()
+
+    def failures(self) -> list[str]:
+        """The errors that the notebook's cells show."""
+        return self.page.evaluate(f"""() => {NOTEBOOK}.content.widgets.flatMap(c => c.model.type === 'code' ?
+            c.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue) : [])""")
 
     def execute(self, code: str) -> str:
         """Run ``code`` in the notebook's kernel, beside its cells; what it prints."""
-        return self.page.evaluate(EXECUTE, code)
+        return self.page.evaluate(EXECUTE, code).strip()
+
+    def trainers(self) -> int:
+        """How many threads train in the kernel."""
+        return int(self.execute(TRAINERS))
+
+    def look_at(self, index: int) -> "LabPage":
+        """From here on, this cell's explorer is meant."""
+        name = self.page.evaluate(f"""async i => {{
+            const book = {NOTEBOOK}.content, name = `${{{NOTEBOOK}.context.path}} ${{i}}`;
+            await book.scrollToItem(i, 'start');
+            book.widgets[i].node.setAttribute('data-cell', name);
+            return name; }}""", index)
+        self.cell = self.page.locator(f".jp-Notebook .jp-Cell[data-cell='{name}']")
+        return self
 
     def watch(self) -> None:
         """Begin to record frames: see :meth:`frames`."""
-        self.page.locator(".jp-Notebook svg[role=img]").first.wait_for(timeout=30_000)
-        self.page.evaluate(WATCH)
+        self.cell.locator("svg[role=img]").first.wait_for()
+        self.cell.evaluate(WATCH)
 
     def frames(self) -> list[dict]:
-        """What the page has shown since :meth:`watch`: alt sentence, status, and when (in ms)."""
+        """What the cell has shown since :meth:`watch`: alt sentence, picture, status, and when (in ms)."""
         return self.page.evaluate("() => window.frames_seen")
 
     def now(self) -> float:
         return self.page.evaluate("() => performance.now()")
 
-    def until(self, condition: str, *, timeout: float = 10) -> float:
-        """Wait for a frame that meets the JavaScript ``condition`` on ``f``; when it came, in ms."""
-        handle = self.page.wait_for_function(
-            f"() => window.frames_seen.find((f, i) => {condition})", timeout=timeout * 1000, polling=10
-        )
+    def until(self, condition: str, *, timeout: float = 20) -> float:
+        """Wait for a frame ``f`` (number ``i`` of ``all``) that meets the JavaScript ``condition``; when it came, in ms."""
+        try:
+            handle = self.page.wait_for_function(
+                f"() => window.frames_seen.find((f, i, all) => {condition})", timeout=1000 * timeout * slowness(), polling=10
+            )
+        except Exception as error:
+            last = {k: v for k, v in self.frames()[-1].items() if k != "picture"}
+            raise AssertionError(f"no frame with {condition}; the last of {len(self.frames())}: {last}") from error
         return handle.json_value()["ms"]
 
-    def slider(self, words: str):
-        """The slider whose description is ``words``."""
-        row = self.page.locator(".jp-Notebook .widget-slider, .jp-Notebook .jupyter-widgets.widget-hslider").filter(has_text=words)
-        return row.first
+    def still_for(self, seconds: float) -> bool:
+        """Whether the cell shows nothing new for this long: that nothing happens can only be waited for."""
+        seen = len(self.frames())
+        self.page.wait_for_timeout(1000 * seconds)
+        return len(self.frames()) == seen
+
+    def slider(self, words: str = ""):
+        """The slider whose description has ``words``; without: the first."""
+        return self.cell.locator(".widget-hslider").filter(has_text=words).first
+
+    def readout(self, words: str = "") -> str:
+        return self.slider(words).locator(".widget-readout").inner_text()
 
     def drag(self, words: str, shares: list[float], *, seconds: float = 0.0) -> None:
         """Press the slider's handle and move it to each of ``shares`` (0 left, 1 right) in turn, then let go."""
-        track = self.slider(words).locator(".noUi-base").bounding_box()
-        handle = self.slider(words).locator(".noUi-handle").bounding_box()
+        slider = self.slider(words)
+        slider.scroll_into_view_if_needed()
+        track, handle = (slider.locator(name).bounding_box() for name in (".noUi-base", ".noUi-handle"))
         mouse, y = self.page.mouse, handle["y"] + handle["height"] / 2
         mouse.move(handle["x"] + handle["width"] / 2, y)
         mouse.down()
@@ -147,8 +249,18 @@ class LabPage:
                 self.page.wait_for_timeout(1000 * seconds / len(shares))
         mouse.up()
 
+    def place(self, words: str = "") -> float:
+        """Where the slider's handle stands: 0 left, 1 right."""
+        track, handle = (self.slider(words).locator(name).bounding_box() for name in (".noUi-base", ".noUi-handle"))
+        return (handle["x"] + handle["width"] / 2 - track["x"]) / track["width"]
+
     def click(self, label: str) -> None:
-        self.page.locator(".jp-Notebook button", has_text=label).first.click()
+        self.cell.locator("button", has_text=label).first.click()
+
+    def stop(self) -> None:
+        """Press Stop, and wait until no more frame comes."""
+        self.click("Stop")
+        self.until("i === all.length - 1 && /^(Stopped|Finished|Diverged)/.test(f.status)")
 
 
 @contextmanager
@@ -160,13 +272,13 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS, timeout=60_000 * slowness())
         try:
             yield browser
         finally:
             browser.close()
 
 
-def new_page(browser) -> LabPage:
+def new_page(browser, **more) -> LabPage:
     """A page of its own: its own cookies, its own workspace."""
-    return LabPage(browser.new_page(viewport={"width": 1300, "height": 1000}))
+    return LabPage(browser.new_page(viewport={"width": 1300, "height": 1000}, **more))

@@ -187,7 +187,7 @@ class Live:
 
     def _say(self, sentence: str) -> None:
         self._status = sentence
-        self._status_line.value = f'<span role="status">{escape(sentence)}</span>'
+        self._status_line.value = f'<span class="dpteach-status" role="status">{escape(sentence)}</span>'
 
 
 class Trainer(Live):
