@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from lab import new_notebook, new_page
 
@@ -19,7 +20,7 @@ MAKES_LIVE = r"\b(?:\w*Explorer|Viewer|Playground)\("
 def names(source: str) -> tuple[set[str], set[str]]:
     """What a cell defines, and what it uses."""
     defines, uses = set(), set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):  # a cell may hold %pip
         if isinstance(node, ast.Name):
             (uses if isinstance(node.ctx, ast.Load) else defines).add(node.id)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
