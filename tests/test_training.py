@@ -1,5 +1,7 @@
 import copy
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import FrozenInstanceError, replace
 
@@ -16,7 +18,7 @@ from dpteach import models, training
 from dpteach.accounting import epsilon
 from dpteach.data import Data, two_moons
 from dpteach.mechanism import poisson_batches
-from dpteach.training import METHODS, OPTIMIZERS, Settings, train
+from dpteach.training import METHODS, OPTIMIZERS, WITHOUT_IMPORTS, Settings, train
 
 MOONS = two_moons(60, seed=1)
 SETTINGS = Settings(epochs=3, batch_size=20, target_delta=1e-5, max_grad_norm=0.5, noise_multiplier=1.0)
@@ -397,3 +399,25 @@ def test_batch_norm_is_refused(method):
     model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     with pytest.raises(Exception, match="BatchNorm"):
         next(train(model, MOONS, SETTINGS, method=method))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_the_light_optimizer_is_torchs_to_the_bit(optimizer):
+    models_ = [models.mlp(), models.mlp()]
+    torchs, light = (make[optimizer](m.parameters(), lr=0.02) for make, m in zip((OPTIMIZERS, WITHOUT_IMPORTS), models_))
+    for seed in range(5):
+        for model, each in zip(models_, (torchs, light)):
+            each.zero_grad()
+            torch.manual_seed(seed)
+            model(torch.randn(9, 2)).square().sum().backward()
+            each.step()
+        assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models_)))
+
+
+def test_a_first_run_does_not_import_the_compiler():
+    code = ("import sys; from dpteach import Settings, models, train, two_moons\n"
+            "for method in ('sgd', 'dpsgd'):\n"
+            "    for optimizer in ('sgd', 'momentum'):\n"
+            "        next(train(models.mlp(), two_moons(64), Settings(batch_size=32), method=method, optimizer=optimizer))\n"
+            "print([name for name in ('torch._dynamo', 'torch._inductor', 'torchvision', 'matplotlib') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
