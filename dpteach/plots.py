@@ -21,7 +21,8 @@ COLOURS = {"private": "#006BAD", "non-private": "#787878", "budget": "#028F5E", 
            "data": "#987CC1", "first worker": "#A4367B", "second worker": "#B98D12", "other worker": "#787878"}
 
 _WIDTH, _HEIGHT = 330, 250  # of one panel, in SVG units; the picture scales to its page
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 48, 38
+_NARROWEST = 260  # pixels of one panel, before the next one goes below it
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 48, 38
 _MOST_POINTS = 150
 
 
@@ -137,14 +138,17 @@ def alt_text(panels: Sequence[Panel]) -> str:
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels side by side as one ``<svg>``: text in the page's own colour, and the alt sentence for a screen reader."""
-    width, alt = _WIDTH * len(panels), escape(alt_text(panels), quote=True)
-    body = "".join(f'<g transform="translate({_WIDTH * i},0)">{_svg_panel(panel)}</g>' for i, panel in enumerate(panels))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{alt}" viewBox="0 0 {width} {_HEIGHT}" '
-        f'style="width:100%;max-width:{width}px;height:auto;display:block" font-family="system-ui,sans-serif" '
-        f'font-size="11" fill="currentColor"><title>{alt}</title>{body}</svg>'
+    """One ``<svg>`` for each panel, side by side or, on a narrow page, below each other: text in the page's own colour, and
+    the panel's sentence for a screen reader.
+    """
+    pictures = "".join(
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(panel.alt, quote=True)}" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" style="flex:1 1 {_NARROWEST}px;min-width:0;max-width:{_WIDTH}px;height:auto" '
+        f'font-family="system-ui,sans-serif" font-size="11" fill="currentColor">'
+        f'<title>{escape(panel.alt)}</title>{_svg_panel(panel)}</svg>'
+        for panel in panels
     )
+    return f'<div style="display:flex;flex-wrap:wrap">{pictures}</div>'
 
 
 def still(panels: Sequence[Panel]):

@@ -35,10 +35,12 @@ WATCH = """(cell) => {
   window.frames_seen = [];
   window.frames_observer?.disconnect();
   const look = () => {
-    const svg = cell.querySelector('svg[role=img]'), status = cell.querySelector('.dpteach-status');
-    const row = {alt: svg?.getAttribute('aria-label') ?? '', picture: svg?.outerHTML ?? '', status: status?.textContent ?? ''};
+    const panels = [...cell.querySelectorAll('svg[role=img]')], text = what => cell.querySelector(what)?.textContent ?? '';
+    const row = {alt: panels.map(p => p.getAttribute('aria-label')).join(' '), picture: panels.map(p => p.outerHTML).join(''),
+                 status: text('.dpteach-status'), spoken: text('.dpteach-spoken')};
     const last = window.frames_seen.at(-1);
-    if (row.picture !== last?.picture || row.status !== last?.status) window.frames_seen.push({...row, ms: performance.now()});
+    if (row.picture !== last?.picture || row.status !== last?.status || row.spoken !== last?.spoken)
+      window.frames_seen.push({...row, ms: performance.now()});
   };
   window.frames_observer = new MutationObserver(look);
   window.frames_observer.observe(cell, {subtree: true, childList: true, attributes: true});
@@ -205,7 +207,7 @@ class LabPage:
         self.cell.evaluate(WATCH)
 
     def frames(self) -> list[dict]:
-        """What the cell has shown since :meth:`watch`: alt sentence, picture, status, and when (in ms)."""
+        """What the cell has shown since :meth:`watch`: alt sentences, picture, status, what is read out, and when (in ms)."""
         return self.page.evaluate("() => window.frames_seen")
 
     def now(self) -> float:

@@ -51,6 +51,12 @@ def show_sigma_of_readout(lab) -> None:
     lab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {shown:.3g},') && f.status.startsWith('Training')")
 
 
+def answers_a_drag(lab) -> None:
+    pressed = lab.now()
+    lab.drag("noise multiplier", [0.3 if lab.place("noise multiplier") > 0.5 else 0.7])
+    lab.until(f"f.ms > {pressed} && f.alt.startsWith('σ = {float(lab.readout('noise multiplier')):.3g},') && f.status.startsWith('Training')")
+
+
 def test_frames_follow_each_other_while_training_runs(lab):
     began = lab.now()
     eighth = lab.until(f"new Set(all.slice(0, i + 1).map(f => {STEP})).size >= 8")
@@ -119,7 +125,8 @@ def test_the_picture_speaks_its_figures(lab):
 
 
 def test_a_wrong_setting_is_one_sentence_in_the_status_line(lab):
-    lab.click("More:") if lab.cell.locator("button", has_text="More:").count() else lab.cell.get_by_text("More:").click()
+    if not lab.slider("batch size").is_visible():
+        lab.click("More:")
     lab.drag("batch size", [1.0])
     lab.until("/^Can't go on: batch_size must be at most the number of records .2000., got [0-9]+$/.test(f.status)")
     assert "Traceback" not in lab.cell.inner_text()
@@ -131,3 +138,58 @@ def test_an_untouched_explorer_trains_once(lab_folder, address, browser):
     lab.until(f"{STEP} > 100", timeout=60)
     assert lab.execute("print(explorer._generation)") == "1"
     lab.close()
+
+
+def test_an_interrupt_of_the_kernel_does_not_stop_the_training_and_stop_still_does(lab):
+    lab.command("notebook:interrupt-kernel")
+    began = lab.now()
+    lab.until(f"f.ms > {began} && new Set(all.filter(f => f.ms > {began}).map(f => {STEP})).size >= 4")
+    lab.stop()
+    assert lab.trainers() == 0 and lab.still_for(0.5)
+
+
+def test_run_all_with_an_explorer_still_training_leaves_one_training(lab):
+    for _ in range(4):
+        lab.run_all()
+        assert lab.trainers() == 1
+    lab.watch()
+    answers_a_drag(lab)
+    assert lab.cell.locator(".dpteach").count() == 1
+
+
+def test_two_tabs_on_one_kernel_show_the_same_explorer(lab, address, browser):
+    lab.command("docmanager:save")
+    other = new_page(browser).open(address, "explorer.ipynb")
+    other.watch()
+    for tab in (lab, other):
+        began = tab.now()
+        tab.until(f"new Set(all.filter(f => f.ms > {began}).map(f => {STEP})).size >= 3")
+    other.drag("noise multiplier", [0.8])
+    for tab in (lab, other):
+        tab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {float(other.readout('noise multiplier')):.3g},')")
+    assert lab.readout("noise multiplier") == other.readout("noise multiplier")
+    assert abs(lab.place("noise multiplier") - other.place("noise multiplier")) < 0.02
+    assert lab.trainers() == 1 and other.errors == []
+    other.page.close()
+
+
+def test_after_a_reload_of_the_page_the_explorer_that_trains_is_still_there(lab):
+    lab.reload()
+    lab.watch()
+    assert lab.trainers() == 1
+    answers_a_drag(lab)
+    lab.run_cell().watch()
+    answers_a_drag(lab)
+    assert lab.trainers() == 1
+    lab.stop()
+    assert lab.trainers() == 0
+
+
+def test_after_a_restart_of_the_kernel_the_cell_runs_again(lab):
+    lab.page.evaluate(f"() => {NOTEBOOK}.sessionContext.session.kernel.restart()")
+    assert lab.trainers() == 0
+    assert "Traceback" not in lab.cell.inner_text() and lab.failures() == []
+    lab.run_cell().watch()
+    assert lab.trainers() == 1
+    answers_a_drag(lab)
+    lab.stop()

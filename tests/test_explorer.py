@@ -222,11 +222,39 @@ def test_hundred_runs_leave_no_thread(explore):
 def test_the_live_picture_is_well_formed_and_speaks_its_figures(explore):
     explorer = explore()
     explorer.wait(30)
-    picture = ElementTree.fromstring(explorer._picture.value)
-    assert picture.get("role") == "img"
-    title = picture.find("{http://www.w3.org/2000/svg}title").text
-    assert title == picture.get("aria-label") == plots.alt_text(explorer._panels())
-    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in title
+    pictures = list(ElementTree.fromstring(explorer._picture.value))
+    assert [picture.get("role") for picture in pictures] == ["img"] * 3
+    titles = [picture.find("{http://www.w3.org/2000/svg}title").text for picture in pictures]
+    assert titles == [picture.get("aria-label") for picture in pictures] == [panel.alt for panel in explorer._panels()]
+    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in titles[1]
+
+
+def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_step(explore):
+    heard = []
+    explorer = explore(LONG)
+    explorer.stop()
+    explorer.wait(10)
+    explorer._spoken.observe(lambda change: heard.append(ElementTree.fromstring(change["new"]).text), "value")
+    explorer.start()
+    shown = explorer._picture.value
+    for _ in range(5):
+        wait_for(lambda: explorer._picture.value != shown)
+        shown = explorer._picture.value
+    explorer.stop()
+    explorer.wait(10)
+    explorer.controls["epochs"].value = 2
+    explorer.wait(30)
+    assert [words.split()[0] for words in heard] == ["Training:", "Stopped", "Training:", "Finished:"]
+
+
+def test_the_folded_sliders_unfold_by_a_button(explore):
+    button, inside = next(row for row in explore()._box.children if len(getattr(row, "children", ())) == 2
+                          and hasattr(row.children[0], "children")).children
+    assert inside.layout.display == "none"
+    button.children[0].value = True
+    assert inside.layout.display == "flex"
+    button.children[0].value = False
+    assert inside.layout.display == "none"
 
 
 def test_the_still_is_a_png_with_the_sentence_as_its_text(explore):

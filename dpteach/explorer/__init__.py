@@ -5,7 +5,8 @@ training again with the new setting. A :class:`Viewer` does the same for a pictu
 
 Why a thread: a loop inside the cell never hears the sliders, and an event loop stands still while another cell runs.
 Why SVG text in an ``HTML`` widget: a frame costs about a millisecond, follows the page's theme, and needs no JavaScript
-of our own, so it works wherever ipywidgets 7.7 or 8 does.
+of our own, so it works wherever ipywidgets 7.7 or 8 does. (A few lines of script name the sliders for a screen reader;
+where a page refuses them, all else works.)
 """
 
 from dpteach.explorer.federated import FederatedExplorer

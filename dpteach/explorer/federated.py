@@ -15,7 +15,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data, split
-from dpteach.explorer.live import Range, Trainer, diverged, slider_for
+from dpteach.explorer.live import Range, Trainer, control_style, diverged, slider_for
 from dpteach.federated import WEIGHTS, Round, Turn, Worker, train_turns
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings
@@ -109,7 +109,7 @@ class FederatedExplorer(Trainer):
         controls["skew"] = slider_for("skew", skew, RANGES["skew"], "label skew")
         controls["weights"] = widgets.Dropdown(
             options=[("weighted by records", "size"), ("all the same", "equal")], value=choice("weights", weights, WEIGHTS),
-            description="average", style={"description_width": "150px"}, layout=widgets.Layout(width="480px", max_width="100%"),
+            description="average", **control_style(),
         )
         self._price_line = widgets.HTML()
         super().__init__(controls, lambda: [*controls.values(), self._start_and_stop(), self._price_line, self._picture])
@@ -194,7 +194,7 @@ class FederatedExplorer(Trainer):
                     run.ended = f"Diverged in round {made.round}: the average is not a number any more. Try a lower learning rate."
                     break
             if time.perf_counter() >= next_frame:
-                if not self._show(generation, picture=svg(self._panels_of(run)), status=status):
+                if not self._show(generation, picture=svg(self._panels_of(run)), status=status, progress=True):
                     return
                 next_frame = time.perf_counter() + _FRAME
         self._until(priced.is_set, generation)

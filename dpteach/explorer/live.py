@@ -18,6 +18,38 @@ from dpteach.data import Data
 from dpteach.plots import Panel, alt_text, still, svg
 
 _DEBOUNCE = 0.08  # seconds without another change before a run starts
+
+_FOCUS = ", ".join(f".dpteach {part}:focus-visible" for part in (".noUi-handle", ".widget-readout", "button", "select"))
+# ipywidgets cuts a long label, shows no focus on a slider's handle, gives it no name, and reads out the logarithm of a
+# logarithmic slider's value. The script does nothing else, and nothing but that is missing where a page refuses it.
+_FOR_EVERYBODY = f"""
+<style>
+{_FOCUS} {{outline: 2px solid currentColor !important; outline-offset: 2px}}
+.dpteach .widget-inline-hbox > .widget-label {{white-space: normal; line-height: 1.2; height: auto; align-self: center}}
+.dpteach .widget-html, .dpteach .widget-html-content {{min-width: 0; max-width: 100%}}
+.dpteach .widget-html-content {{line-height: 1.4 !important; align-self: center}}
+</style>
+<img alt="" src="data:," style="display:none" onerror="
+  const set = (at, name, value) => {{ if (at && at.getAttribute(name) !== value) at.setAttribute(name, value); }};
+  const name = box => box.querySelectorAll('.widget-slider').forEach(slider => {{
+    const words = slider.querySelector('.widget-label').textContent, number = slider.querySelector('.widget-readout');
+    const handle = slider.querySelector('[role=slider], .ui-slider-handle');
+    set(handle, 'aria-label', words);
+    set(handle, 'aria-valuetext', number.textContent);
+    set(number, 'role', 'textbox');
+    set(number, 'aria-label', words + ', typed');
+  }});
+  const begin = () => {{
+    const box = this.closest('.dpteach');
+    if (!box) return setTimeout(begin, 100);
+    new MutationObserver(() => name(box)).observe(box, {{subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuetext']}});
+    name(box);
+  }};
+  begin();
+">"""
+_SPOKEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap"
+
+
 @dataclass(frozen=True)
 class Range:
     """Where a slider runs: from ``low`` to ``high``, on a logarithmic scale or over whole numbers if said."""
@@ -59,13 +91,13 @@ class Live:
     def __init__(self, controls: dict[str, widgets.Widget], rows: Callable[[], list[widgets.Widget]]):
         self.controls = controls
         self.error: Exception | None = None
-        self._picture, self._status_line = widgets.HTML(), widgets.HTML()
-        self._status = ""
+        self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self._status, self._in_progress = "", False
         self._changed = threading.Condition(threading.RLock())
         self._generation = 0
         self._wanted: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
-        self._box = widgets.VBox(rows())
+        self._box = for_everybody([*rows(), self._spoken])
         for control in controls.values():
             # Called on the main thread or on a JupyterLab subshell's thread.
             control.observe(lambda _: self._request(), "value")
@@ -174,20 +206,27 @@ class Live:
         with self._changed:
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 
-    def _show(self, generation: int, *, picture: str | None = None, status: str | None = None) -> bool:
-        """Put a picture and a status on the page, if the generation is still the newest; else return False."""
+    def _show(self, generation: int, *, picture: str | None = None, status: str | None = None, progress: bool = False) -> bool:
+        """Put a picture and a status on the page, if the generation is still the newest; else return False.
+
+        ``progress``: the status is one of many in a row. A screen reader hears the first.
+        """
         with self._changed:
             if generation != self._generation:
                 return False
             if picture is not None:
                 self._picture.value = picture
             if status is not None:
-                self._say(status)
+                self._say(status, progress)
             return True
 
-    def _say(self, sentence: str) -> None:
+    def _say(self, sentence: str, progress: bool = False) -> None:
         self._status = sentence
-        self._status_line.value = f'<span class="dpteach-status" role="status">{escape(sentence)}</span>'
+        # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended.
+        self._status_line.value = f'<span class="dpteach-status" role="status" aria-live="off">{escape(sentence)}</span>'
+        if sentence and not (progress and self._in_progress):
+            self._spoken.value = f'<span class="dpteach-spoken" aria-live="polite" style="{_SPOKEN}">{escape(sentence)}</span>'
+        self._in_progress = progress
 
 
 class Trainer(Live):
@@ -215,7 +254,7 @@ class Trainer(Live):
         stop = widgets.Button(description="Stop", icon="stop", tooltip="Stop training")
         start.on_click(lambda _: self.start())
         stop.on_click(lambda _: self.stop())
-        return widgets.HBox([start, stop, self._status_line])
+        return in_a_row(start, stop, self._status_line)
 
     def _request(self, force: bool = False) -> None:
         with Trainer._turn:
@@ -299,6 +338,31 @@ def diverged(model: nn.Module, data: Data) -> bool:
     return not bool(model(data.X[:32]).isfinite().all())
 
 
+def for_everybody(rows: list[widgets.Widget]) -> widgets.VBox:
+    """The rows in a box in which each control has a visible focus, and a name for a screen reader."""
+    box = widgets.VBox([*rows, widgets.HTML(_FOR_EVERYBODY)])
+    box.add_class("dpteach")
+    return box
+
+
+def in_a_row(*parts: widgets.Widget) -> widgets.HBox:
+    """Side by side, and below each other where the page is narrow."""
+    return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
+
+
+def folded(said: str, rows: list[widgets.Widget]) -> widgets.VBox:
+    """Rows that a button shows and hides. A keyboard reaches it; it does not reach the head of an ``Accordion``."""
+    inside = widgets.VBox(rows, layout=widgets.Layout(display="none"))
+    button = widgets.ToggleButton(description=said, icon="caret-right", layout=widgets.Layout(width="auto"))
+
+    def turn(change):
+        inside.layout.display = "flex" if change["new"] else "none"
+        button.icon = "caret-down" if change["new"] else "caret-right"
+
+    button.observe(turn, "value")
+    return widgets.VBox([widgets.HBox([button]), inside])
+
+
 def show_widget(box: widgets.Widget, words: str) -> None:
     # The view by hand, so that the saved text is one sentence and not the widget's whole inside.
     display({
@@ -311,25 +375,28 @@ def words(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
 
 
+def control_style() -> dict[str, Any]:
+    """How wide a control and its label are."""
+    return {"style": {"description_width": "150px"}, "layout": widgets.Layout(width="480px", max_width="calc(100% - 4px)")}
+
+
 def slider_for(name: str, value: float, limits: Range, said: str = "") -> widgets.Widget:
     said = said or words(name)
     limits = dataclasses.replace(limits, low=min(limits.low, value), high=max(limits.high, value))
     low, high = limits.low, limits.high
-    style = {"description_width": "150px"}
-    layout = widgets.Layout(width="480px", max_width="100%")
     if limits.log:
         if low <= 0:
             raise ValueError(f"{name} must be > 0 for a logarithmic slider, got {value!r}")
         step, start = 0.002, math.log10(value)  # the stops are laid so that the start value is one of them
         slider = widgets.FloatLogSlider(
-            value=value, step=step, style=style, layout=layout,
+            value=value, step=step, **control_style(),
             min=start - step * round((start - math.log10(low)) / step), max=start + step * round((math.log10(high) - start) / step),
             description=said, readout_format=".0f" if limits.whole else ".0e" if limits.high < 0.1 else ".3g",
         )
     elif limits.whole:
-        slider = widgets.IntSlider(value=value, min=int(low), max=int(high), style=style, layout=layout, description=said)
+        slider = widgets.IntSlider(value=value, min=int(low), max=int(high), **control_style(), description=said)
     else:
-        slider = widgets.FloatSlider(value=value, min=low, max=high, step=(high - low) / 200, style=style, layout=layout,
+        slider = widgets.FloatSlider(value=value, min=low, max=high, step=(high - low) / 200, **control_style(),
                                      description=said)
     slider.limits = limits
     slider.place = math.log10 if limits.log else float  # where a value lies, in units of the slider's step

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from torch import nn
 
 from dpteach.data import Data
-from dpteach.explorer.live import show_widget
+from dpteach.explorer.live import control_style, for_everybody, in_a_row, show_widget
 from dpteach.explorer.training import Explorer, last_accuracy
 from dpteach.plots import Mark, Panel, Points, alt_text, still, svg
 from dpteach.training import OPTIMIZERS, Settings
@@ -59,8 +59,7 @@ class Playground:
         self.pinned: list[Pin] = []
 
         def menu(words, options):
-            return widgets.Dropdown(options=options, description=words, style={"description_width": "150px"},
-                                    layout=widgets.Layout(width="480px", max_width="100%"))
+            return widgets.Dropdown(options=options, description=words, **control_style())
 
         self.menus = {
             "scene": menu("data and model", list(scenes)),
@@ -72,9 +71,7 @@ class Playground:
         pin.on_click(lambda _: self.pin())
         clear.on_click(lambda _: self._unpin())
         self._note, self._kept, self._place = widgets.HTML(), widgets.HTML(), widgets.VBox()
-        self._box = widgets.VBox(
-            [*self.menus.values(), self._place, widgets.HBox([pin, clear, self._note]), self._kept]
-        )
+        self._box = for_everybody([*self.menus.values(), self._place, in_a_row(pin, clear, self._note), self._kept])
         for choice_ in self.menus.values():
             choice_.observe(lambda _: self._open(), "value")
         self._open()
@@ -123,7 +120,7 @@ class Playground:
         heads = "".join(f"<th>{h}</th>" for h in ("run", "data and model", "method", "σ", "C", "epochs", "learning rate",
                                                   "batch", "ε (PRV)", "accuracy", "without privacy"))
         table = f'<table style="line-height:1.3;border-spacing:8px 2px"><tr>{heads}</tr>{rows}</table>'
-        self._kept.value = f'<div style="max-width:420px">{svg(self._panels())}</div>{table}' if self.pinned else ""
+        self._kept.value = f'{svg(self._panels())}<div style="overflow-x:auto">{table}</div>' if self.pinned else ""
 
     def _panels(self) -> list[Panel]:
         # Accuracies on different data cannot be compared: the picture shows the data of the last pin, the table all.
@@ -133,8 +130,11 @@ class Playground:
         if pins:
             items.append(Mark("non-private", "without privacy", y=max(p.accuracy_without_privacy for p in pins)))
         told = "; ".join(f"ε {p.epsilon:.2f}: {p.accuracy:.0%}" for p in pins)
+        # Always up to 100 %, and not less than a tenth high: a difference of chance must not look like a result.
+        lowest = min((min(p.accuracy, p.accuracy_without_privacy) for p in pins), default=0.9)
         return [Panel(f"Pinned runs: {scene}", "ε of the whole run", "test accuracy", items,
-                      f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.", x_log=True)]
+                      f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.", x_log=True,
+                      y_range=(math.floor(10 * (lowest - 0.02)) / 10, 1.01))]
 
     def still(self):
         """The pinned runs as a matplotlib figure, ε across and accuracy upward."""

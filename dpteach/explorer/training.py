@@ -19,7 +19,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.live import RANGES, Range, Trainer, diverged, slider_for, words
+from dpteach.explorer.live import RANGES, Range, Trainer, diverged, folded, slider_for, words
 from dpteach.plots import Line, Mark, Panel, Points, contour, svg
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, delta_warning, train
 
@@ -106,18 +106,17 @@ class Explorer(Trainer):
         adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
         for name in sliders:
             choice("sliders", name, adjustable)
-        folded = [name for name in ("lr", "batch_size") if name not in sliders]
+        rest = [name for name in ("lr", "batch_size") if name not in sliders]
         limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
         controls = {
-            name: slider_for(name, getattr(settings, name), limits[name]) for name in (*sliders, *folded)
+            name: slider_for(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)
         }
         self._price_line = widgets.HTML()
 
         def rows():
-            more = widgets.Accordion(children=[widgets.VBox([controls[name] for name in folded])], selected_index=None)
-            more.set_title(0, "More: " + ", ".join(words(name) for name in folded))
+            more = [folded("More: " + ", ".join(map(words, rest)), [controls[name] for name in rest])] if rest else []
             return [
-                *(controls[name] for name in sliders), *([more] if folded else []),
+                *(controls[name] for name in sliders), *more,
                 self._start_and_stop(), self._price_line, self._picture,
             ]
 
@@ -216,7 +215,7 @@ class Explorer(Trainer):
                 if generation != self._generation:
                     return
                 if now >= next_frame:
-                    if not self._show(generation, picture=svg(self._panels_of(run)), status=self._progress(step)):
+                    if not self._show(generation, picture=svg(self._panels_of(run)), status=self._progress(step), progress=True):
                         return
                     next_frame = time.perf_counter() + _FRAME
                 if priced is None and now - began > _PATIENCE and self._method != "sgd":
@@ -311,7 +310,7 @@ class Explorer(Trainer):
         items = [curve_line(run.epsilons, "budget", "spent (RDP bound)")]
         top = run.price
         if run.exact is not None and math.isfinite(run.exact):
-            items.append(Mark("budget", "whole run, tighter (PRV)", y=run.exact))
+            items.append(Mark("budget", "whole run (PRV)", y=run.exact))
             top = max(top, run.exact)
         so_far = f"{run.steps[-1].epsilon:.2f}" if run.steps else "0"
         alt = f"ε by step: at most {so_far} after step {run.steps[-1].step if run.steps else 0} of {total}."

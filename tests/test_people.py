@@ -1,0 +1,177 @@
+"""The live pictures for everybody, in a real JupyterLab: by keyboard alone, by ear, on a narrow page, with large text."""
+
+import re
+
+import pytest
+
+from lab import new_notebook, new_page
+
+SETUP = """
+import torch
+from dpteach import Explorer, FederatedExplorer, Playground, Scene, Settings, Viewer, models, plots, two_moons
+torch.set_num_threads(1)
+data, unseen = two_moons(400), two_moons(200, seed=1)
+quick = Settings(epochs=2, batch_size=100, lr=1.0)
+"""
+LIVE = {
+    "Explorer": "live = Explorer(data, models.mlp, quick, test_data=unseen)",
+    "Viewer": """live = Viewer(lambda noise_multiplier, prior: [plots.Panel("A line", "x", "y", [plots.Line([0, 1], [noise_multiplier, prior],
+                        "private")], f"A line from {noise_multiplier:.3g} to {prior:.2f}.")], noise_multiplier=1.0, prior=0.5)""",
+    "FederatedExplorer": """live = FederatedExplorer(data, models.mlp, quick, test_data=unseen, rounds=2,
+                                 workers=("alice", "the hospital in the next town"))""",
+    "Playground": 'live = Playground({"two moons": Scene(data, models.mlp, quick, unseen)})',
+}
+SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start", "Stop"]
+CONTROLS = {  # what Tab must reach, in this order
+    "Explorer": [*SLIDERS, "More: learning rate, batch size", *BUTTONS],
+    "Viewer": ["noise multiplier σ", "prior"],
+    "FederatedExplorer": ["σ of alice", "σ of the hospital in the next town", "rounds", "alice's share of records", "label skew",
+                          "average", *BUTTONS],
+    "Playground": ["data and model", "method", "optimizer", *SLIDERS, "learning rate", "batch size", "δ", *BUTTONS,
+                   "Pin this run", "Unpin all"],
+}
+
+# What has the keyboard's focus: its role, its name for a screen reader, its value, and how its outline stands out.
+FOCUSED = """() => {
+  const e = document.activeElement, look = getComputedStyle(e);
+  return {role: e.getAttribute('role') ?? e.tagName.toLowerCase(), value: e.getAttribute('aria-valuetext') ?? '',
+          name: (e.getAttribute('aria-label') ?? e.labels?.[0]?.textContent ?? e.textContent).trim(),
+          inside: Boolean(e.closest('.dpteach')),
+          outlined: look.outlineStyle === 'solid' && parseFloat(look.outlineWidth) >= 2 && look.outlineColor === look.color};
+}"""
+
+
+@pytest.fixture(scope="module")
+def opened(lab_folder, address, browser):
+    lab = new_page(browser).open(address, new_notebook(lab_folder, "people.ipynb", SETUP, *(f"{c}\nlive" for c in LIVE.values())))
+    lab.run_cell(0)
+    yield lab
+    assert lab.errors == [] and lab.failures() == []
+    lab.close()
+
+
+@pytest.fixture(params=LIVE)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def lab(opened, kind):
+    """The cell with one kind of live picture, run anew; its training is over."""
+    index = 1 + list(LIVE).index(kind)
+    opened.run_cell(index)
+    opened.look_at(index).watch()
+    opened.execute("live.wait()")
+    opened.cell.locator(".noUi-handle[aria-label]").first.wait_for(state="attached")
+    opened.watch()
+    return opened
+
+
+def first_control(lab):
+    """Put the focus on the first control, as Tab would from above."""
+    lab.cell.locator(".noUi-handle, select").first.focus()
+    return lab.page.evaluate(FOCUSED)
+
+
+def walk(lab) -> list[dict]:
+    """Press Tab until the focus leaves the live picture: everything that had it."""
+    seen = [first_control(lab)]
+    while len(seen) < 60:
+        lab.page.keyboard.press("Tab")
+        now = lab.page.evaluate(FOCUSED)
+        if not now["inside"]:
+            break
+        seen.append(now)
+    return seen
+
+
+def test_tab_reaches_every_control_in_order_with_a_name_and_a_visible_focus(lab, kind):
+    lab.page.keyboard.press("Escape")  # the keyboard is in use: a browser shows the focus only then
+    seen = walk(lab)
+    assert [s["name"] for s in seen if s["role"] != "textbox"] == CONTROLS[kind]
+    assert [s for s in seen if not s["name"] or not s["outlined"]] == []
+    for slider, number in zip(seen, seen[1:]):
+        if slider["role"] == "slider":  # its number can be typed, too
+            assert (number["role"], number["name"]) == ("textbox", slider["name"] + ", typed")
+    back = []
+    for _ in seen:
+        lab.page.keyboard.press("Shift+Tab")
+        back.append(lab.page.evaluate(FOCUSED)["name"])
+    assert back == [s["name"] for s in reversed(seen)]
+
+
+def test_an_arrow_key_moves_a_slider_and_a_new_frame_answers(lab, kind):
+    slider = lab.slider("noise multiplier" if kind != "FederatedExplorer" else "σ of alice")
+    before = slider.locator(".widget-readout").inner_text()
+    slider.locator(".noUi-handle").focus()
+    for _ in range(5):
+        lab.page.keyboard.press("ArrowRight")
+    lab.until("f.picture !== all[0].picture")
+    after = slider.locator(".widget-readout").inner_text()
+    assert float(after) > float(before)
+    lab.page.wait_for_function("text => document.activeElement.getAttribute('aria-valuetext') === text", arg=after)
+
+
+@pytest.mark.parametrize("kind", ["Explorer", "FederatedExplorer", "Playground"], indirect=True)
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_a_key_presses_start_and_stop(lab, key):
+    lab.execute("(live.explorer if hasattr(live, 'explorer') else live).controls"
+                "['rounds' if hasattr(live, 'rounds') else 'epochs'].value = 20 if hasattr(live, 'rounds') else 100")
+    lab.execute("live.wait()")
+    for button, beginning in (("Start", "Training"), ("Stop", "Stopped")):
+        lab.cell.locator("button", has_text=button).first.focus()
+        pressed = lab.now()
+        lab.page.keyboard.press(key)
+        lab.until(f"f.ms > {pressed} && f.status.startsWith('{beginning}')")
+
+
+@pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
+def test_the_folded_sliders_open_by_key_and_are_next_in_order(lab):
+    lab.cell.locator("button", has_text="More:").focus()
+    lab.page.keyboard.press("Enter")
+    lab.slider("learning rate").wait_for()
+    names = []
+    for _ in range(5):
+        lab.page.keyboard.press("Tab")
+        names.append(lab.page.evaluate(FOCUSED)["name"])
+    assert names == ["learning rate", "learning rate, typed", "batch size", "batch size, typed", "Start"]
+
+
+@pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
+def test_the_words_for_a_screen_reader_follow_the_figures_without_chatter(lab):
+    lab.execute("live.controls['epochs'].value = 100")
+    lab.until("f.spoken.startsWith('Finished') && all.slice(0, i).some(g => g.spoken.startsWith('Training'))", timeout=60)
+    frames = lab.frames()
+    spoken = [f["spoken"] for f, before in zip(frames[1:], frames) if f["spoken"] != before["spoken"]]
+    assert [re.split("[: ]", words)[0] for words in spoken] == ["Training", "Finished"]
+    assert len({f["status"] for f in frames}) > 3 and len({f["alt"] for f in frames}) > 3
+    assert lab.cell.locator("[aria-live=polite]").count() == 1 and lab.cell.locator("[role=status][aria-live=off]").count() == 1
+    assert all(re.search(r"after step (\d+) of", f["alt"]).group(1) == m.group(1)
+               for f in frames if (m := re.search(r"Training: step (\d+)", f["status"])))
+
+
+# A page of 1300 pixels at 200 %, and a panel of 400.
+@pytest.mark.parametrize(("width", "height"), [(650, 500), (400, 900)])
+def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, height):
+    if lab.page.locator(".jp-SideBar").first.is_visible():
+        lab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+    if lab.cell.locator("button", has_text="Pin").count():
+        lab.click("Pin")
+        lab.cell.locator("table").wait_for()
+    try:
+        lab.page.set_viewport_size({"width": width, "height": height})
+        lab.page.wait_for_function("width => document.querySelector('.jp-Notebook').clientWidth < width", arg=width)
+        wide = lab.cell.locator(".dpteach").first.evaluate("""box => {
+            const right = box.closest('.jp-OutputArea-output').getBoundingClientRect().right;
+            const out = e => e.getBoundingClientRect().right > right + 0.5 && !e.closest('[style*="overflow-x"]');
+            const cut = e => e.scrollWidth > e.clientWidth + 1 && !e.closest('[style*="overflow-x"], .dpteach-spoken');
+            return [...box.querySelectorAll('button, select, svg, .widget-label, .widget-readout, .widget-html-content, .noUi-base')]
+                .filter(e => e.offsetParent !== null || e.tagName === 'svg').filter(e => out(e) || cut(e)).map(e => e.outerHTML.slice(0, 90)); }""")
+        assert wide == []
+        for control in lab.cell.locator(".noUi-handle:visible, button:visible, select:visible").all():
+            control.scroll_into_view_if_needed()
+            control.click(trial=True)  # nothing lies over it
+        text = lab.cell.locator("svg text").first.evaluate("t => t.getBoundingClientRect().height")
+        assert text >= 10, "the letters of the picture are too small"
+    finally:
+        lab.page.set_viewport_size({"width": 1300, "height": 1000})
