@@ -78,6 +78,7 @@ class Cell:
     def stop(self):
         self.click("Stop")
         self.until_status("Stopped", since=self.said[-1][0])
+        self.kernel.until(lambda: self.kernel.ask(TRAINING) == "0", "the end of the thread's last step")
 
 
 class Kernel:

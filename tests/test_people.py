@@ -145,7 +145,7 @@ def test_the_words_for_a_screen_reader_follow_the_figures_without_chatter(lab):
     spoken = [f["spoken"] for f, before in zip(frames[1:], frames) if f["spoken"] != before["spoken"]]
     assert [re.split("[: ]", words)[0] for words in spoken] == ["Training", "Finished"]
     assert len({f["status"] for f in frames}) > 3 and len({f["alt"] for f in frames}) > 3
-    assert lab.cell.locator("[aria-live=polite]").count() == 1 and lab.cell.locator("[role=status][aria-live=off]").count() == 1
+    assert lab.cell.locator(".dpteach [aria-live=polite]").count() == 1 and lab.cell.locator("[role=status][aria-live=off]").count() == 1
     assert all(re.search(r"after step (\d+) of", f["alt"]).group(1) == m.group(1)
                for f in frames if (m := re.search(r"Training: step (\d+)", f["status"])))
 
