@@ -4,7 +4,7 @@ The rooms, from the ground up (each imports only from those before it):
 
 - ``data``, ``models``, ``mechanism``, ``accounting``: what to train on, what to train, the four moves of DP-SGD, and ε
 - ``training``: one generator for every way to train
-- ``federated``: private workers whose models are averaged
+- ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
 - ``attacks``, ``experiments``: membership inference; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
 - ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
@@ -26,7 +26,8 @@ _HOME = {
     "Explorer": "explorer", "Viewer": "explorer", "Range": "explorer",
     "FederatedExplorer": "explorer", "Playground": "explorer", "Scene": "explorer",
 }
-_ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "federated", "mechanism", "models", "plots", "training")
+_ROOMS = ("accounting", "attacks", "data", "exercises", "experiments", "explorer", "federated", "flower", "mechanism", "models",
+          "plots", "training")
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dpteach.accounting import epsilon
 from dpteach.experiments import RESULTS, guide_run, load
 
 GUIDE = "twenty-minute-guide"
@@ -31,6 +32,16 @@ def test_the_guides_recipe_does_not_reach_the_guides_figures():
     assert [round(runs[-1]["accuracy"], 2) for runs in (without, eight, one)] == [0.98, 0.88, 0.88]  # not .991, .973, .938
     spent = [round(eight[epoch - 1]["epsilon_prv"], 2) for epoch in (1, 5, 10)]
     assert spent == pytest.approx([4.36, 6.37, 8.0], abs=0.011)  # not 1.23, 3.87, 6.94
+
+
+def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
+    rows = load("twenty-clients")
+    assert len(rows) == 30 and all(row["flwr"] and row["ray"] and row["seconds"] > 0 for row in rows)
+    for row in rows:  # 3,000 images, batches of 128: 24 steps a round; a client is in every round
+        of = dict(sample_rate=1 / 24, steps=24 * int(row["round"])) if row["privacy"] == "sample" else \
+            dict(sample_rate=1.0, steps=int(row["round"]))
+        ours = epsilon(noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of)
+        assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
 
 
 def test_a_stored_row_says_what_made_it():

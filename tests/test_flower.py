@@ -1,0 +1,395 @@
+"""The Flower app: what a client charges and tells, what the server keeps apart, and a federation that leaves no trace."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import torch
+
+from dpteach import Ledger, epsilon, models
+from dpteach.flower import MISSING, installed
+
+if not installed():
+    if os.environ.get("CI") and sys.version_info >= (3, 11):
+        pytest.fail(MISSING, pytrace=False)
+    pytest.skip(MISSING, allow_module_level=True)
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+
+from dpteach.flower import Federation, Node, client_app, keeper, server_app
+from dpteach.flower.federation import _answers, _free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RECORDS, STEPS = 300, 3  # batches of 128: three steps a round
+SIGMAS = {"alice": 1.5, "bob": 1.1}
+RUN_CONFIG = {
+    "model": "mlp", "local-epochs": 1, "batch-size": 128, "lr": 0.5, "records": RECORDS, "noise-multiplier": 1.3,
+    "max-grad-norm": 1.0, "target-delta": 1e-5, "ledgers": "", "privacy": "sample",
+}
+
+
+def owed(name, rounds):
+    """ε of ``rounds`` rounds of one node of these tests, by RDP."""
+    return epsilon(noise_multiplier=SIGMAS[name], sample_rate=1 / STEPS, steps=rounds * STEPS, accountant="rdp")
+
+
+# A client, without any process
+
+
+@pytest.fixture
+def context(tmp_path):
+    """The context of one node; its ledger is in a file of its own."""
+    node = {"name": "alice", "partition-id": 0, "num-partitions": 2, "noise-multiplier": 1.5, "ledger": str(tmp_path / "alice.json")}
+    return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=dict(RUN_CONFIG))
+
+
+def asked(context):
+    """What the node answers to the same model each time."""
+    return client_app.answer(ArrayRecord(models.mlp(784, 64, 10).state_dict()), context)
+
+
+def test_a_client_tells_the_epsilon_of_its_whole_ledger_and_no_loss(context):
+    first, second = asked(context), asked(context)
+    assert dict(first["metrics"]) == {
+        "num-examples": RECORDS, "steps": STEPS, "epsilon": pytest.approx(owed("alice", 1)),
+        "epsilon-by-state": pytest.approx(owed("alice", 1)),
+    }
+    assert second["metrics"]["epsilon"] == pytest.approx(owed("alice", 2)) and second["metrics"]["steps"] == 2 * STEPS
+    assert Ledger(context.node_config["ledger"]).steps == 2 * STEPS
+
+
+def test_the_memory_of_flower_forgets_what_the_ledger_keeps(context):
+    asked(context)
+    context.state = RecordDict()  # a SuperNode was killed, or a second run begins
+    told = asked(context)["metrics"]
+    assert told["epsilon-by-state"] == pytest.approx(owed("alice", 1)) and told["epsilon"] == pytest.approx(owed("alice", 2))
+
+
+def test_the_charge_is_on_the_disk_before_the_first_step(context, monkeypatch):
+    def power_cut(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("dpteach.federated.train", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        asked(context)
+    assert Ledger(context.node_config["ledger"]).steps == STEPS
+
+
+def test_the_same_round_twice_draws_other_noise(context, tmp_path):
+    first = asked(context)["arrays"].to_torch_state_dict()
+    (tmp_path / "alice.json").unlink()  # so that name, ledger and settings are the same again
+    again = asked(context)["arrays"].to_torch_state_dict()
+    assert all(not torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_server_cannot_lower_the_noise_of_a_node_that_has_its_own(context):
+    context.run_config["noise-multiplier"] = 0.0
+    asked(context)
+    assert [charge.noise_multiplier for charge in Ledger(context.node_config["ledger"]).charges] == [1.5]
+
+
+@pytest.mark.parametrize("damage", ["{}", "not json", ""])
+def test_a_damaged_ledger_is_a_refusal_and_nothing_is_trained(context, tmp_path, monkeypatch, damage):
+    (tmp_path / "alice.json").write_text(damage)
+    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    answer = asked(context)
+    assert list(answer) == ["refusal"]
+    assert answer["refusal"]["name"] == "alice" and "is not a readable ledger" in answer["refusal"]["why"]
+    assert (tmp_path / "alice.json").read_text() == damage
+
+
+def test_without_a_ledger_nothing_is_trained(context):
+    del context.node_config["ledger"]
+    assert "ledger must be named in --node-config" in asked(context)["refusal"]["why"]
+
+
+def test_a_node_trains_on_its_own_file_where_it_names_one(context, tmp_path):
+    torch.save({"X": torch.rand(200, 1, 28, 28), "y": torch.arange(200) % 10}, tmp_path / "own.pt")
+    context.node_config["data"] = str(tmp_path / "own.pt")
+    assert asked(context)["metrics"]["num-examples"] == 200
+    context.node_config["data"] = str(tmp_path / "none.pt")
+    assert "none.pt" in asked(context)["refusal"]["why"]
+
+
+def test_with_central_privacy_a_client_tells_no_epsilon_and_has_no_ledger(context, tmp_path):
+    context.run_config["privacy"] = "client"
+    assert list(asked(context)["metrics"]) == ["num-examples"] and not (tmp_path / "alice.json").exists()
+
+
+# The server, without any process
+
+
+def test_the_server_keeps_each_epsilon_apart():
+    replies = [RecordDict({"metrics": MetricRecord({"num-examples": n, "epsilon": e}), "who": ConfigRecord({"name": name})})
+               for name, n, e in (("alice", 100, 1.0), ("bob", 300, 3.0))]
+    kept = server_app.apart(replies, "num-examples")
+    assert dict(kept) == {"num-examples/alice": 100, "epsilon/alice": 1.0, "num-examples/bob": 300, "epsilon/bob": 3.0}
+
+
+def test_a_refusal_ends_the_run_with_its_reason():
+    strategy = server_app.ApartFedAvg([], min_train_nodes=2)
+    content = RecordDict({"refusal": ConfigRecord({"name": "bob", "why": "no ledger"})})
+    refused = SimpleNamespace(has_error=lambda: False, content=content)
+    with pytest.raises(server_app.RoundFailed, match="bob refused round 3: no ledger"):
+        strategy.aggregate_train(3, [refused])
+    with pytest.raises(server_app.RoundFailed, match="round 3 got 0 of 2 answers in time"):
+        strategy.aggregate_train(3, [])
+
+
+def test_flowers_accountant_for_whole_clients_agrees_with_ours():
+    from flwr.serverapp import GaussianPrivacyEvent
+    from flwr.serverapp.strategy import FedAvg
+
+    config = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+    strategy = server_app.central(FedAvg(), config)
+    for _ in range(10):
+        strategy.accountant.compose(GaussianPrivacyEvent(noise_multiplier=1.0, sample_size=20, population_size=20))
+    ours = epsilon(noise_multiplier=1.0, sample_rate=1.0, steps=10, target_delta=1e-2, accountant="rdp")
+    assert strategy.privacy_spent().epsilon == pytest.approx(ours, rel=0.02)
+
+
+# A federation, with all its processes
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """One federation, and what happens to it: two runs, one that is given too little time, a kill in mid-round, a restart and
+    a run, a damaged ledger. ``told``: what came of each; ``steps``: what alice's ledger held before it."""
+    folder, told, steps = tmp_path_factory.mktemp("ledgers"), {}, {}
+
+    def chapter(name, rounds=1, timeout=180):
+        steps[name], began = federation.ledger("alice").steps, time.monotonic()
+        try:
+            told[name] = list(federation.rounds(rounds, timeout=timeout, records=RECORDS))
+        except (RuntimeError, TimeoutError) as error:
+            told[name] = error
+        told[f"{name}, seconds"] = time.monotonic() - began
+
+    with Federation([Node(name, sigma) for name, sigma in SIGMAS.items()], folder, start_timeout=180) as federation:
+        chapter("first", rounds=2)
+        chapter("second")
+        federation.kill("alice", in_next_round=True)
+        chapter("killed")
+        chapter("still dead")
+        federation.restart("alice")
+        chapter("after")
+        federation._start_timeout = 1
+        chapter("too little time", timeout=1)
+        federation._start_timeout = 180
+        kept = (folder / "bob.json").read_text()
+        (folder / "bob.json").write_text(kept.replace("0", "1", 1))
+        chapter("damaged")
+        (folder / "bob.json").write_text(kept)
+    return SimpleNamespace(told=told, steps=steps, folder=folder)
+
+
+def test_each_round_tells_every_clients_own_cumulative_epsilon(story):
+    first = story.told["first"]
+    assert [(made.round, made.rounds) for made in first] == [(1, 2), (2, 2)]
+    for done, made in enumerate(first, start=1):
+        assert made.epsilons == {name: pytest.approx(owed(name, done)) for name in SIGMAS}
+        assert made.epsilons_by_state == made.epsilons and 0 <= made.accuracy <= 1
+
+
+def test_two_runs_in_a_row_add_up_and_the_memory_of_flower_does_not(story):
+    second = story.told["second"][-1]
+    assert second.epsilons == {name: pytest.approx(owed(name, 3)) for name in SIGMAS}
+    assert second.epsilons_by_state == {name: pytest.approx(owed(name, 1)) for name in SIGMAS}
+
+
+def test_a_killed_node_is_one_message_and_not_a_hang(story):
+    for chapter in ("killed", "still dead"):
+        assert "The node 'alice' has ended" in str(story.told[chapter]) and "restart('alice')" in str(story.told[chapter])
+        assert story.told[f"{chapter}, seconds"] < 150
+
+
+def test_after_a_kill_in_mid_round_epsilon_never_falls_and_covers_that_round(story):
+    assert story.steps["after"] == story.steps["killed"] + STEPS == 4 * STEPS
+    after = story.told["after"][-1]
+    assert after.steps["alice"] == 5 * STEPS and after.epsilons["alice"] == pytest.approx(owed("alice", 5))
+    assert after.epsilons["alice"] > story.told["second"][-1].epsilons["alice"]
+    assert after.epsilons_by_state["alice"] == pytest.approx(owed("alice", 1))  # what an app without a ledger would say
+
+
+def test_a_round_that_takes_too_long_is_one_error_and_the_next_run_answers(story):
+    assert isinstance(story.told["too little time"], TimeoutError)
+    assert "No round was finished within 1 s" in str(story.told["too little time"])
+    assert story.told["too little time, seconds"] < 60
+    assert isinstance(story.told["damaged"], RuntimeError)
+
+
+def test_a_damaged_ledger_stops_the_run_with_the_nodes_name(story):
+    assert "bob refused round 1: " in str(story.told["damaged"])
+    assert "bob.json is not a readable ledger" in str(story.told["damaged"])
+
+
+def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
+    with pytest.raises(ValueError, match="nodes must be at least two, each with a name of its own, got .'a', 'a'."):
+        Federation([Node("a"), Node("a")])
+    with pytest.raises(ValueError, match="folder must be a folder that exists"):
+        Federation([Node("a"), Node("b")], tmp_path / "none")
+    with refuses("noise_multiplier", -1.0):
+        Node("a", -1.0)
+    with pytest.raises(ValueError, match="name must be letters"):
+        Node("a/b")
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a readable ledger"):
+        Federation([Node("a"), Node("b")], tmp_path)
+    with pytest.raises(RuntimeError, match="give Federation a folder"):
+        Federation([Node("a"), Node("b")]).ledger("a")
+
+
+# Nothing is left
+
+
+def gone(mark, home, port, *, within=30):
+    """Whether, before long, no process has the mark, the folder is not there, and nobody listens at the port."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not keeper.marked(mark) and not os.path.exists(home) and not _answers(port):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.parametrize("how", ["normal end", "exception"])
+def test_nothing_is_left_after(how):
+    try:
+        with Federation([Node("alice"), Node("bob")], start_timeout=180) as federation:
+            mark, home, port = federation._mark, federation._home, federation._port
+            assert len(keeper.marked(mark)) >= 3 and home.exists()
+            next(federation.rounds(1, timeout=180, records=RECORDS)) if how == "normal end" else 1 / 0
+    except ZeroDivisionError:
+        pass
+    assert gone(mark, home, port, within=5)  # when the block is left, all is over
+    with pytest.raises(RuntimeError, match="The federation is closed"):
+        list(federation.rounds(1))
+
+
+def test_nothing_is_left_after_a_start_that_takes_too_long():
+    federation = Federation([Node("alice"), Node("bob")], start_timeout=0.05)
+    with pytest.raises(TimeoutError, match="within 0.05 s"), federation:
+        pass
+    assert gone(federation._mark, federation._home, federation._port, within=5)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+def test_nothing_is_left_after_a_signal_to_the_one_who_started_it(sent):
+    program = textwrap.dedent("""
+        import json
+        from dpteach.flower import Federation, Node
+        with Federation([Node("alice"), Node("bob")], start_timeout=180) as federation:
+            print(json.dumps([federation._mark, str(federation._home), federation._port]), flush=True)
+            list(federation.rounds(5, timeout=180, records=300))
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    mark, home, port = json.loads(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not any("run" in p.environ().get(keeper.VARIABLE, "") for p in keeper.marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # until a run is under way
+    parent.send_signal(sent)
+    parent.communicate(timeout=60)
+    assert gone(mark, home, port)
+
+
+# The commands of the notebook, as they stand there
+
+
+@pytest.fixture
+def terminals(tmp_path):
+    """Runs the notebook's command blocks in one empty folder, on free ports, and ends what they leave running."""
+    notebook = nbformat.read(ROOT / "notebooks" / "07_flower.ipynb", as_version=4)
+    blocks = {cell.id: found.group(1) for cell in notebook.cells if (found := re.search(r"```bash\n(.*?)```", cell.source, re.S))}
+    exports = next(line for line in blocks["terminal-1"].splitlines() if line.startswith("export "))
+    mark, ports = uuid.uuid4().hex, {}
+    environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
+                   keeper.VARIABLE: mark, "PYTHONUNBUFFERED": "1"}
+
+    class Terminals:
+        folder = tmp_path
+
+        def text(self, id, **changed):
+            text = f"{exports}\n{blocks[id]}"
+            for old, new in {"num-server-rounds=3 records=2000": f"num-server-rounds=1 records={RECORDS}", **changed}.items():
+                text = text.replace(old, new)
+            return re.sub(r"\b(8000|909\d)\b", lambda m: str(ports.setdefault(m.group(), _free_port())), text)
+
+        def run(self, id, **changed):
+            """What the block prints; it must succeed."""
+            made = subprocess.run(["bash", "-ec", self.text(id, **changed)], cwd=tmp_path, env=environment, text=True, timeout=300,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            assert made.returncode == 0, made.stdout[-2000:]
+            return made.stdout
+
+        def open(self, name, id, **changed):
+            """Start the block in a terminal that stays open, with its output in ``name.log``."""
+            with (tmp_path / f"{name}.log").open("w") as log:
+                return subprocess.Popen(["bash", "-ec", self.text(id, **changed)], cwd=tmp_path, env=environment,
+                                        stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+        def said(self, name):
+            return (tmp_path / f"{name}.log").read_text(errors="replace")
+
+        def wait(self, condition, seconds=120):
+            deadline = time.monotonic() + seconds
+            while not condition():
+                assert time.monotonic() < deadline, {path.name: path.read_text(errors="replace")[-500:] for path in tmp_path.glob("*.log")}
+                time.sleep(0.2)
+
+        def online(self, *names):
+            self.wait(lambda: all("SuperNode ID" in self.said(name) for name in names))
+
+        def link(self, id):
+            self.run(id)
+            self.wait(lambda: _answers(ports["8000"]))
+
+    yield Terminals()
+    keeper.end(mark)
+
+
+def rounds_in(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"round"')]
+
+
+def test_the_three_terminals_of_the_notebook_train(terminals):
+    terminals.link("terminal-1")
+    nodes = [terminals.open("alice", "terminal-2"), terminals.open("bob", "terminal-3")]
+    terminals.online("alice", "bob")
+    (told,) = rounds_in(terminals.run("terminal-run"))
+    assert {name: told[f"epsilon/{name}"] for name in SIGMAS} == {name: pytest.approx(owed(name, 1)) for name in SIGMAS}
+    assert Ledger(terminals.folder / "alice.json").steps == STEPS
+    assert all(node.poll() is None for node in nodes)
+
+
+def test_with_certificates_and_keys_known_nodes_train_and_strangers_stay_out(terminals):
+    for name in ("alice", "bob", "eve"):
+        torch.save({"X": torch.rand(RECORDS, 1, 28, 28), "y": torch.arange(RECORDS) % 10}, terminals.folder / f"{name}.pt")
+    terminals.run("tls-certificate")
+    terminals.link("tls-link")
+    terminals.run("tls-key")
+    terminals.run("tls-key", **{"alice": "eve", "bob": "unused"})
+    terminals.run("tls-register")
+    terminals.open("alice", "tls-node")
+    terminals.open("bob", "tls-node", **{"alice": "bob", "9094": "9095", "=1.5": "=1.1"})
+    stranger = terminals.open("eve", "tls-node", **{"alice": "eve", "9094": "9096"})
+    plain = terminals.open("plain", "terminal-2", **{"9094": "9097"})
+    terminals.online("alice", "bob")
+    (told,) = rounds_in(terminals.run("terminal-run"))
+    assert {name: told[f"epsilon/{name}"] for name in SIGMAS} == {name: pytest.approx(owed(name, 1)) for name in SIGMAS}
+    assert {key.split("/")[1] for key in told if "/" in key} == set(SIGMAS)
+    assert stranger.wait(60) != 0 and "SuperNode ID" not in terminals.said("eve")
+    assert plain.poll() is not None or "SuperNode ID" not in terminals.said("plain")
+    assert not (terminals.folder / "eve.json").exists()
