@@ -1,0 +1,67 @@
+"""What one learner costs a shared machine: memory, the wait for the first moving frame, import time, processor at rest.
+
+``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine; README.md has what was
+measured on a quiet one.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab import chromium, lab_server, new_page
+from test_kernel import LONG, SMALL, goes_on, new_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seconds_to_import(what):
+    code = f"import torch, time; began = time.perf_counter(); {what}; print(time.perf_counter() - began)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_importing_the_package_takes_no_time_beyond_torch():
+    package = min(seconds_to_import("import dpteach") for _ in range(2))
+    explorer = min(seconds_to_import("from dpteach import Explorer") for _ in range(2))
+    print(f"\nbeyond torch: import dpteach {package:.3f} s; from dpteach import Explorer {explorer:.1f} s (mostly Opacus)")
+    assert package <= 0.3
+
+
+def test_a_kernel_with_a_running_explorer_fits_thirty_times_into_a_class_machine():
+    with new_kernel() as kernel:
+        resident = "print(psutil.Process().memory_info().rss / 2**20)"
+        without = float(kernel.ask(resident))
+        cell = kernel.run(LONG)
+        goes_on(cell, 0)
+        running = float(kernel.ask(resident))
+        cell.stop()
+        print(f"\nresident: kernel with the imports {without:.0f} MB, with a running explorer {running:.0f} MB")
+        assert running <= 750
+
+
+def test_a_run_that_has_ended_leaves_the_processor_alone():
+    with new_kernel() as kernel:
+        cell = kernel.run(SMALL)
+        cell.until_status("Finished")
+        kernel.run("explorer.wait()")
+        kernel.hear(1)
+        used = float(kernel.ask("began = time.process_time(); time.sleep(5); print(time.process_time() - began)"))
+        print(f"\nprocessor time in 5 s at rest: {1000 * used:.0f} ms")
+        assert used <= 0.25
+
+
+@pytest.mark.parametrize("notebook", ["03_noise", "10_playground"])
+def test_a_cold_notebook_soon_shows_a_moving_frame(notebook, tmp_path):
+    shutil.copy(ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "notebook.ipynb")
+    with lab_server(tmp_path) as address, chromium() as browser:
+        began = time.monotonic()
+        lab = new_page(browser).open(address, "notebook.ipynb")
+        opened = time.monotonic()
+        lab.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+        lab.page.wait_for_function("() => [...document.querySelectorAll('.jp-Notebook [role=status]')]"
+                                   ".some(s => s.textContent.startsWith('Training'))", timeout=180_000, polling=50)
+        moving = time.monotonic()
+    print(f"\n{notebook}: open with a kernel after {opened - began:.1f} s, first moving frame after {moving - began:.1f} s")
+    assert moving - began <= 120
