@@ -161,6 +161,11 @@ class _Local:
                 raise TimeoutError(f"{otherwise} within {self._start_timeout:g} s. {self._last_words()}")
             time.sleep(_POLL)
 
+    def _check_open(self) -> None:
+        if self._keeper is None:
+            raise RuntimeError("The federation is closed: use it inside its with block.")
+        self._raise_if_one_ended()
+
     def _raise_if_one_ended(self) -> None:
         for name, process in self._processes.items():
             if process.poll() is not None and name != "run":
@@ -177,9 +182,7 @@ class _Local:
 
     def _lines(self, rounds: int, timeout: float, config: dict, *options: str) -> Iterator[dict]:
         """The report of one run, line by line, as the server writes it."""
-        if self._keeper is None:
-            raise RuntimeError("The federation is closed: use it inside its with block.")
-        self._raise_if_one_ended()
+        self._check_open()
         self._runs += 1
         report = self._home / f"report-{self._runs}.jsonl"
         changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report),
@@ -335,7 +338,7 @@ class Federation(_Local):
         return told and told.group(1)
 
     def _rounds(self, rounds: int, timeout: float, config: dict) -> Iterator[FederatedRound]:
-        self._raise_if_one_ended()
+        self._check_open()
         config = {**config, "nodes": ",".join(map(self._id, self.nodes))}
         for line in self._lines(rounds, timeout, config):
             def of_each(key: str, line=line) -> dict:
