@@ -349,18 +349,35 @@ CORNERS = [
 ]
 
 
-def assert_sound(cell):
+FEDERATED = """
+explorer = FederatedExplorer(two_moons(160), models.mlp, Settings(1.0, 1.0, epochs=1, batch_size=40, lr=0.5), rounds=2, skew=0.3,
+                             test_data=two_moons(100, seed=1))
+explorer
+"""
+SHARED = ("σ of alice", "σ of bob", "rounds", "alice's share", "label skew")
+FEDERATED_CORNERS = [
+    *({name: end} for name in SHARED for end in (0, 1)),
+    {"alice's share": 0, "label skew": 1}, {"alice's share": 1, "label skew": 1},
+    {name: 0 for name in SHARED}, {name: 1 for name in SHARED},
+]
+
+
+def in_words(corner):
+    return ", ".join(f"{name} {('min', 'max')[end]}" for name, end in corner.items())
+
+
+def assert_sound(cell, ending=r"Finished: training accuracy \d+%, without privacy \d+%\.|Diverged at step \d+: .* Try a lower"):
     """The last picture draws finite numbers only, with sentences that say them; the status says how the run ended."""
     drawn = " ".join(re.findall(r'(?:points|d|cx|cy|x|y|x1|x2|y1|y2|width|height)="([^"]*)"', cell.pictures[-1]))
     assert drawn and not re.search("nan|inf", drawn, re.IGNORECASE)
     assert all(math.isfinite(float(n)) for n in re.findall(r"-?\d[\d.]*(?:e[+-]?\d+)?", drawn))
-    assert re.match(r"Finished: training accuracy \d+%, without privacy \d+%\.|Diverged at step \d+: .* Try a lower", cell.status)
+    assert re.match(ending, cell.status)
     assert "nan" not in cell.frames[-1][1].lower(), cell.frames[-1][1]
 
 
-@pytest.mark.parametrize("corner", CORNERS, ids=lambda corner: ", ".join(f"{k} {('min', 'max')[v]}" for k, v in corner.items()))
-def test_every_slider_at_its_ends_gives_a_finite_explained_picture(corner, kernel):
-    cell = kernel.run(SMALL)
+def at_the_corner(kernel, code, corner):
+    """Run the cell, move its sliders to the corner, wait for the end of that run."""
+    cell = kernel.run(code)
     cell.until_status("Finished")
     kernel.run("explorer.wait()")
     asked = time.time()
@@ -371,9 +388,23 @@ def test_every_slider_at_its_ends_gives_a_finite_explained_picture(corner, kerne
     kernel.run("explorer.wait()")
     kernel.hear(0.2)
     assert kernel.ask("print(explorer.error)") == "None"
-    assert_sound(cell)
     summary = kernel.ask("print(explorer.summary())")
     assert "ε" in summary and "nan" not in summary, summary
+    return cell
+
+
+@pytest.mark.parametrize("corner", FEDERATED_CORNERS, ids=in_words)
+def test_every_slider_of_a_federation_at_its_ends_gives_a_finite_explained_picture(corner, kernel):
+    cell = at_the_corner(kernel, FEDERATED, corner)
+    assert_sound(cell, r"Finished: test accuracy of the average \d+%\.|Diverged in round \d+: .* Try a lower")
+    price = [html.unescape(s["value"]) for s in cell.widgets.values() if "Price of" in str(s.get("value"))][-1]
+    assert re.search(r"alice ε [=≤] [\d.]+.*; bob ε [=≤] [\d.]+", price), price
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=in_words)
+def test_every_slider_at_its_ends_gives_a_finite_explained_picture(corner, kernel):
+    cell = at_the_corner(kernel, SMALL, corner)
+    assert_sound(cell)
     price = [html.unescape(s["value"]) for s in cell.widgets.values() if "Price of" in str(s.get("value"))][-1]
     assert re.search(r"ε [=≤] [\d.]+ at δ = ", price), price
 

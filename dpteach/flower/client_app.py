@@ -41,31 +41,36 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
     """One round on this node's records.
 
     Returns:
-        The model, and ``epsilon``, ``epsilon-by-state``, ``steps``, ``num-examples``. No loss: it is computed from private
-        records, and no noise covers it. The number of records is taken as public: the average is weighted by it.
+        The model, and ``epsilon``, ``epsilon-by-state``, ``steps``, ``num-examples``.
+        No loss: it is computed from private records, and no noise covers it.
+        The number of records is taken as public: the average is weighted by it.
 
     Raises:
-        ValueError: if a setting is out of its range, or the ledger is damaged, or there is none.
+        ValueError: if a setting is out of its range, or the ledger is damaged or not named.
         OSError: if the ledger can't be written, or the data file can't be read.
     """
     config = {**context.run_config, **context.node_config}
-    private = choice("privacy", config["privacy"], ("sample", "client")) == "sample"
     model = MODELS[choice("model", config["model"], MODELS)]()
     model.load_state_dict(arrays.to_torch_state_dict())
     settings = Settings(
-        noise_multiplier=config["noise-multiplier"], max_grad_norm=config["max-grad-norm"], epochs=config["local-epochs"],
-        batch_size=config["batch-size"], lr=config["lr"], target_delta=config["target-delta"],
-        seed=secrets.randbits(62),  # whoever knows the seed can subtract the noise: the server must not
+        noise_multiplier=config["noise-multiplier"], max_grad_norm=config["max-grad-norm"],
+        epochs=config["local-epochs"], batch_size=config["batch-size"], lr=config["lr"],
+        target_delta=config["target-delta"],
+        seed=secrets.randbits(62),  # whoever knows the seed can subtract the noise
     )
-    name = _name(context)
-    worker = Worker(name, _records(config), settings, Ledger(_ledger_file(config, name)) if private else Ledger(),
-                    method="dpsgd" if private else "sgd")
-    for _ in worker.train_round(model):
+    name, data = _name(context), _records(config)
+    if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
+        worker = Worker(name, data, settings, Ledger(_ledger_file(config, name)))
+    else:  # no noise here: the server clips and adds it
+        worker = Worker(name, data, settings, method="sgd")
+    for _ in worker.train_round(model):  # charges the ledger first
         pass
-    costs = {"epsilon": worker.epsilon("rdp"), "epsilon-by-state": _by_state(context, worker), "steps": worker.ledger.steps}
+    metrics = {"num-examples": len(data)}
+    if worker.method == "dpsgd":
+        metrics |= {"epsilon": worker.epsilon("rdp"), "steps": worker.ledger.steps,
+                    "epsilon-by-state": _by_state(context, worker)}
     return RecordDict({
-        "arrays": ArrayRecord(model.state_dict()),
-        "metrics": MetricRecord({"num-examples": len(worker.data), **(costs if private else {})}),
+        "arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics),
         "who": ConfigRecord({"name": name}),
     })
 
