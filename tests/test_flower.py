@@ -265,13 +265,18 @@ def gone(mark, home, port, *, within=30):
     return False
 
 
-@pytest.mark.parametrize("how", ["normal end", "exception"])
+@pytest.mark.parametrize("how", ["normal end", "exception", "death of the keeper"])
 def test_nothing_is_left_after(how):
     try:
         with Federation([Node("alice"), Node("bob")], start_timeout=180) as federation:
             mark, home, port = federation._mark, federation._home, federation._port
             assert len(keeper.marked(mark)) >= 3 and home.exists()
-            next(federation.rounds(1, timeout=180, records=RECORDS)) if how == "normal end" else 1 / 0
+            if how == "normal end":
+                list(federation.rounds(1, timeout=180, records=RECORDS))
+            elif how == "exception":
+                raise ZeroDivisionError
+            else:
+                federation._keeper.kill()
     except ZeroDivisionError:
         pass
     assert gone(mark, home, port, within=5)  # when the block is left, all is over

@@ -113,9 +113,12 @@ class _Local:
         if keeper is None:
             return
         keeper.stdin.close()
+        keeper.wait(30)
+        if keeper.returncode:  # somebody killed the keeper
+            end(self._mark)
+            shutil.rmtree(self._home, ignore_errors=True)
         for process in self._processes.values():  # so that none stays as a zombie
             process.wait(30)
-        keeper.wait(30)
 
     def _start(self) -> None:
         raise NotImplementedError
