@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,35 +87,51 @@ def lab_server(folder: Path):
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
         "IPYTHONDIR": str(home / "ipython"),
     }
-    log = (folder / "lab.log").open("w")
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--ip=127.0.0.1", "--IdentityProvider.token=dpteach",
         f"--ServerApp.root_dir={folder}", "--expose-app-in-browser", "--allow-root", "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
-    server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    with running(command, env, folder / "lab.log", lambda: told_address(home / "runtime", "jpserver-*.json")) as address:
+        yield address
+
+
+@contextmanager
+def running(command: list[str], env: dict, log: Path, address, *, sent=signal.SIGTERM):
+    """A server in a session of its own, with its words in ``log``; yields what ``address()`` says once it says something."""
+    with log.open("w") as words:
+        server = subprocess.Popen(command, env=env, stdout=words, stderr=words, start_new_session=True)
     try:
-        yield _address(home / "runtime", server, folder / "lab.log")
+        deadline = time.monotonic() + 90 * slowness()
+        while not (found := address()):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{' '.join(command[1:3])} did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield found
     finally:
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(sent)
         try:
             server.wait(20 * slowness())
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-        log.close()
 
 
-def _address(runtime: Path, server: subprocess.Popen, log: Path) -> str:
-    deadline = time.monotonic() + 60 * slowness()
-    while time.monotonic() < deadline and server.poll() is None:
-        for path in runtime.glob("jpserver-*.json"):
-            try:
-                return json.loads(path.read_text())["url"]
-            except (ValueError, KeyError):
-                pass  # still being written
-        time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+def told_address(runtime: Path, pattern: str) -> str | None:
+    """The address that a Jupyter server has written into its runtime folder; None before."""
+    for path in runtime.glob(pattern):
+        try:
+            return json.loads(path.read_text())["url"]
+        except (ValueError, KeyError):
+            pass  # still being written
+    return None
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class LabPage:

@@ -4,18 +4,12 @@ The workbook's own environment has neither: ``.ci/colab`` makes one that has.
 """
 
 import importlib.metadata
-import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
 
-import nbformat
 import pytest
-from lab import chromium
+from lab import chromium, free_port, new_notebook, running, told_address
 
 PATIENCE = 90  # seconds; every wait ends as soon as what it waits for is there
 
@@ -54,46 +48,14 @@ def address(tmp_path_factory):
         message = f"classic Notebook 6 is needed, found {notebook_version()}: .ci/colab has it"
         pytest.fail(message) if os.environ.get("DPTEACH_STACK") == "colab" else pytest.skip(message)
     folder = tmp_path_factory.mktemp("classic")
-    nbformat.write(nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(EXPLORER.strip())],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    ), folder / "explorer.ipynb")
+    new_notebook(folder, "explorer.ipynb", EXPLORER)
     home = folder / ".home"
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
            "IPYTHONDIR": str(home / "ipython")}
-    with (folder / "notebook.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "notebook", "--no-browser", f"--port={free_port()}", "--ip=127.0.0.1", "--allow-root",
-             "--NotebookApp.token=dpteach", f"--notebook-dir={folder}"],
-            env=env, stdout=log, stderr=log, start_new_session=True,
-        )
-        try:
-            yield started(home / "runtime", server, folder / "notebook.log")
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-
-
-def free_port():
-    with socket.socket() as probe:  # with port 0, Notebook 6 does not say which port it got
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def started(runtime, server, log):
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and server.poll() is None:
-        for path in runtime.glob("nbserver-*.json"):
-            try:
-                return json.loads(path.read_text())["url"]
-            except (ValueError, KeyError):
-                pass  # still being written
-        time.sleep(0.2)
-    raise RuntimeError(f"classic Notebook did not start:\n{log.read_text()[-2000:]}")
+    command = [sys.executable, "-m", "notebook", "--no-browser", f"--port={free_port()}", "--ip=127.0.0.1", "--allow-root",
+               "--NotebookApp.token=dpteach", f"--notebook-dir={folder}"]  # with port 0, Notebook 6 does not say which it got
+    with running(command, env, folder / "notebook.log", lambda: told_address(home / "runtime", "nbserver-*.json")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -245,6 +245,8 @@ def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
         Node("a", -1.0)
     with pytest.raises(ValueError, match="name must be letters"):
         Node("a/b")
+    with pytest.raises(ValueError, match="name must not be one of 'link', 'run', 'command', got 'run'"):
+        Node("run")
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a readable ledger"):
         Federation([Node("a"), Node("b")], tmp_path)

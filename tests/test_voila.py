@@ -4,13 +4,12 @@ import importlib.util
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from lab import chromium
+from lab import chromium, free_port, running
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds; every wait ends as soon as what it waits for is there
@@ -23,31 +22,18 @@ ALT = "() => [...document.querySelectorAll('svg[role=img]')].map(s => s.getAttri
 def address(tmp_path):
     if importlib.util.find_spec("voila") is None:
         pytest.skip("Voilà is not installed: pip install voila")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
            "IPYTHONDIR": str(tmp_path / "ipython")}
-    with (tmp_path / "voila.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "voila", str(ROOT / "notebooks" / "10_playground.ipynb"), "--no-browser", f"--port={port}",
-             f"--VoilaExecutor.timeout={PATIENCE}"],
-            env=env, stdout=log, stderr=log, start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"Voilà did not start:\n{(tmp_path / 'voila.log').read_text()[-2000:]}")
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+    port = free_port()
+    command = [sys.executable, "-m", "voila", str(ROOT / "notebooks" / "10_playground.ipynb"), "--no-browser", f"--port={port}",
+               f"--VoilaExecutor.timeout={PATIENCE}"]
+
+    def answers():
+        with socket.socket() as probe:
+            return f"http://127.0.0.1:{port}/" if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+
+    with running(command, env, tmp_path / "voila.log", answers, sent=signal.SIGINT) as url:
+        yield url
 
 
 def test_the_playground_is_a_page_of_its_own_whose_sliders_train(address):

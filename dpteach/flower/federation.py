@@ -23,6 +23,7 @@ from dpteach.flower import APP, MISSING, installed
 from dpteach.flower.keeper import VARIABLE, end
 
 _POLL = 0.1  # seconds between two looks at the processes
+_OWN = ("link", "run", "command")  # names of processes that are no nodes
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Node:
     """A client with records of its own.
 
     Args:
-        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``.
+        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``; not ``link``, ``run`` or ``command``, which the
+            federation's own processes are called.
         noise_multiplier: σ >= 0.
         max_grad_norm: C > 0.
         target_delta: δ in (0, 1).
@@ -47,6 +49,8 @@ class Node:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"name must be letters, digits, '-' and '_', got {self.name!r}")
+        if self.name in _OWN:
+            raise ValueError(f"name must not be one of {', '.join(map(repr, _OWN))}, got {self.name!r}: choose another one")
         number("noise_multiplier", self.noise_multiplier, low=0)
         number("max_grad_norm", self.max_grad_norm, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
