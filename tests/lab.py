@@ -156,7 +156,7 @@ class LabPage:
         return self
 
     def _wait_for_kernel(self, name: str) -> None:
-        self.page.wait_for_function(f"""name => {NOTEBOOK}?.context?.path === name
+        self.page.wait_for_function(f"""name => window.jupyterapp && {NOTEBOOK}?.context?.path === name
             && {NOTEBOOK}.sessionContext?.session?.kernel?.status === 'idle'""", arg=name, timeout=90_000 * slowness())
 
     def reload(self) -> "LabPage":
