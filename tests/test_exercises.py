@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpteach import exercises
+from dpteach.exercises import noise
 from dpteach.exercises.core import Wrong, coding
 
 ALL = exercises.every()
@@ -23,6 +24,26 @@ def test_the_reference_answer_is_right(exercise):
 def test_a_known_wrong_answer_gets_its_own_sentence(exercise, wrong):
     verdict = exercises.check(exercise.id, wrong.answer)
     assert (verdict.passed, verdict.message) == (False, wrong.message)
+
+
+@pytest.mark.parametrize("id, answer", [("3.1", noise._ignores_the_generator), ("3.2", noise._global_generator)])
+def test_the_verdict_on_an_answer_with_random_numbers_is_no_matter_of_chance(id, answer):
+    verdicts = set()
+    for seed in (3, 14, 15, 92, 65):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        verdicts.add(exercises.check(id, answer))
+        assert torch.equal(torch.get_rng_state(), before)  # the learner's own numbers go on as if there were no check
+    assert len(verdicts) == 1 and "generator=generator" in verdicts.pop().message
+
+
+def test_two_equal_batches_are_no_proof_that_the_seed_was_used():
+    """Half of the batches are empty here, so two of them are often equal."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        args = (1, 0.5, torch.Generator())
+        assert noise._repeats(lambda: noise._global_generator(*args), args[2]) == 0
+        assert noise._repeats(lambda: noise.poisson_batch(*args), args[2]) == 1
 
 
 @pytest.mark.parametrize("exercise", ALL, ids=IDS)

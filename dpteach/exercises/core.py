@@ -9,11 +9,15 @@ import copy
 import inspect
 import math
 import numbers
+import random
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 
 _UNATTEMPTED = (None, ..., NotImplemented)
@@ -93,22 +97,28 @@ def coding(
     """
     observe = observe or _result
 
+    def on_each_input(observe: Callable, fn: Callable) -> list:
+        with _known_random_numbers():
+            return [observe(fn, make()) for make in inputs]
+
+    known = cache(partial(on_each_input, observe))  # the answers that come with the exercise, each run once
+
     def examine(fn: Any) -> Verdict:
         if not callable(fn):
             return Verdict(False, f"the answer must be a function, got {type(fn).__name__}.")
         try:
-            mine = [_observed(observe, fn, make()) for make in inputs]
+            mine = on_each_input(partial(_observed, observe), fn)
         except Complaint as complaint:
             return Verdict(False, str(complaint))
         if any(any(value is nothing for nothing in _UNATTEMPTED) for value in mine):
             return _unattempted()
-        right = [observe(reference, make()) for make in inputs]
+        right = known(reference)
         problem = _difference(mine, right, rtol, atol)
         if problem is None:
             return Verdict(True, praise)
         for other in wrong:
             try:
-                theirs = [observe(other.answer, make()) for make in inputs]
+                theirs = known(other.answer)
             except Exception:  # a wrong answer may fail on an input: then the learner's would have failed as well
                 continue
             if _difference(mine, theirs, rtol, atol) is None:
@@ -177,6 +187,24 @@ def _unattempted() -> Verdict:
 
 def _result(fn: Callable, args: tuple) -> Any:
     return fn(*args)
+
+
+@contextmanager
+def _known_random_numbers() -> Iterator[None]:
+    """The same random numbers for every answer that draws from a global generator; afterwards they go on as before.
+
+    Without it, the verdict on such an answer is itself a matter of chance.
+    """
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 def _observed(observe: Callable, fn: Callable, args: tuple) -> Any:
