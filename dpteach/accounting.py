@@ -8,6 +8,8 @@ The neighbouring relation is add/remove of one record, under Poisson sampling (s
 
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -15,19 +17,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from filelock import FileLock
-from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.gdp import compute_mu_poisson, delta_eps_mu, eps_from_mu
-from opacus.accountants.analysis.rdp import compute_rdp
 
 from dpteach._checks import choice, number, whole
 
 ACCOUNTANTS = ("prv", "rdp", "gdp", "pld", "rdp-classic")
 
 # The orders that Opacus searches today, and the ones of the 2020 blog post.
-_ALPHAS = {"rdp": tuple(RDPAccountant.DEFAULT_ALPHAS), "rdp-classic": tuple(range(2, 32))}
+_ALPHAS = {"rdp": (*(1 + x / 10 for x in range(1, 100)), *range(12, 64)), "rdp-classic": tuple(range(2, 32))}
 
 # PRV's mesh, 0.01 wide in ε as in Opacus while it has up to so many points; beyond, it is wider, so that an answer takes
 # seconds (with the fine one it took 15 s at ε = 216, and 108 s to find no answer at ε = 2359).
@@ -320,9 +320,22 @@ def _of_history(history: _History, delta: float, accountant: str, alphas) -> flo
     return float(_rdp(history, np.ones(1), delta, accountant, alphas)[0])
 
 
+@functools.cache
+def _opacus_rdp() -> ModuleType:
+    """Opacus' formulas for RDP: the one file, without the rest of Opacus, which takes seconds to import."""
+    name = "opacus.accountants.analysis.rdp"
+    file = Path(importlib.util.find_spec("opacus").origin).parent / "accountants" / "analysis" / "rdp.py"
+    if not file.is_file():  # another version may keep it elsewhere
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @functools.lru_cache(maxsize=256)
 def _rdp_of_one_step(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarray:
-    return np.asarray(compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(alphas)))
+    return np.asarray(_opacus_rdp().compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(alphas)))
 
 
 def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -> np.ndarray:
@@ -349,6 +362,8 @@ def _prv(history: _History, delta) -> float:
         return bound
     steps = sum(steps for _, _, steps in history)
     points = 2 * bound / 0.01 * math.sqrt(steps * math.log(12_000 / delta) / 2)  # Gopi et al. 2021: mesh ∝ error / √steps
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -362,6 +377,8 @@ def _prv(history: _History, delta) -> float:
 
 
 def _gdp(history: _History, delta) -> float:
+    from opacus.accountants.analysis.gdp import compute_mu_poisson, delta_eps_mu, eps_from_mu
+
     with np.errstate(all="ignore"):
         mu = math.hypot(*(
             float(compute_mu_poisson(steps=steps, noise_multiplier=sigma, sample_rate=q)) for sigma, q, steps in history

@@ -167,7 +167,7 @@ def test_flowers_accountant_for_whole_clients_agrees_with_ours():
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """One federation, and what happens to it: two runs, one that is given too little time, a kill in mid-round, a restart and
-    a run, a damaged ledger. ``told``: what came of each; ``steps``: what alice's ledger held before it."""
+    a run, a damaged ledger, and the end. ``told``: what came of each; ``steps``: what alice's ledger held before it."""
     folder, told, steps = tmp_path_factory.mktemp("ledgers"), {}, {}
 
     def chapter(name, rounds=1, timeout=180):
@@ -193,7 +193,10 @@ def story(tmp_path_factory):
         (folder / "bob.json").write_text(kept.replace("0", "1", 1))
         chapter("damaged")
         (folder / "bob.json").write_text(kept)
-    return SimpleNamespace(told=told, steps=steps, folder=folder)
+        mark, home, port = federation._mark, federation._home, federation._port
+        assert len(keeper.marked(mark)) >= 3 and home.exists()
+    told["nothing left"] = gone(mark, home, port, within=5)
+    return SimpleNamespace(told=told, steps=steps, folder=folder, federation=federation)
 
 
 def test_each_round_tells_every_clients_own_cumulative_epsilon(story):
@@ -267,18 +270,21 @@ def gone(mark, home, port, *, within=30):
     return False
 
 
-@pytest.mark.parametrize("how", ["normal end", "exception", "death of the keeper"])
+def test_nothing_is_left_after_the_normal_end_of_all_these_runs(story):
+    assert story.told["nothing left"]  # when the block is left, all is over
+    with pytest.raises(RuntimeError, match="The federation is closed"):
+        list(story.federation.rounds(1))
+
+
+@pytest.mark.parametrize("how", ["exception", "death of the keeper"])
 def test_nothing_is_left_after(how):
     try:
         with Federation([Node("alice"), Node("bob")], start_timeout=180) as federation:
             mark, home, port = federation._mark, federation._home, federation._port
             assert len(keeper.marked(mark)) >= 3 and home.exists()
-            if how == "normal end":
-                list(federation.rounds(1, timeout=180, records=RECORDS))
-            elif how == "exception":
+            if how == "exception":
                 raise ZeroDivisionError
-            else:
-                federation._keeper.kill()
+            federation._keeper.kill()
     except ZeroDivisionError:
         pass
     assert gone(mark, home, port, within=5)  # when the block is left, all is over
