@@ -177,3 +177,41 @@ def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, heig
         assert text >= 10, "the letters of the picture are too small"
     finally:
         lab.page.set_viewport_size({"width": 1300, "height": 1000})
+
+
+# Every control: its kind, how thick the line around it is, and whether text and line stand out from what they are drawn on.
+DRAWN = """cell => [...cell.querySelectorAll('.noUi-target, .noUi-handle, button, select')].filter(e => e.checkVisibility()).map(e => {
+  const look = getComputedStyle(e);
+  const lines = [[look.borderTopStyle, look.borderTopWidth, look.borderTopColor], [look.outlineStyle, look.outlineWidth, look.outlineColor]];
+  return {kind: e.localName + '.' + e.className, background: look.backgroundColor, text: look.color,
+          lines: lines.filter(([style, width]) => style === 'solid' && parseFloat(width) >= 1).map(line => line[2])};
+})"""
+
+
+def test_with_the_systems_own_high_contrast_colours_every_control_still_has_an_outline(lab):
+    picture = "cell => [...cell.querySelectorAll('svg polyline')].map(line => getComputedStyle(line).stroke)"
+    before = lab.cell.evaluate(picture)
+    white, black = "rgb(255, 255, 255)", "rgb(0, 0, 0)"
+    for scheme, paper, ink in (("light", white, black), ("dark", black, white)):
+        lab.page.emulate_media(forced_colors="active", color_scheme=scheme)
+        try:
+            drawn, after = lab.cell.evaluate(DRAWN), lab.cell.evaluate(picture)
+        finally:
+            lab.page.emulate_media(forced_colors="none", color_scheme="light")
+        assert {control["text"] for control in drawn} == {ink}
+        assert {control["background"] for control in drawn} <= {paper, "rgba(0, 0, 0, 0)"}
+        assert [control for control in drawn if ink not in control["lines"]] == []
+        assert after == before != []  # the lines of a picture keep the colours that its key names
+
+
+@pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
+def test_where_the_system_asks_for_less_motion_nothing_glides(lab):
+    gliding = """cell => [...cell.querySelectorAll('.dpteach *')].map(e => getComputedStyle(e))
+                   .filter(look => parseFloat(look.transitionDuration) > 0 || look.animationName !== 'none').length"""
+    lab.cell.locator(".noUi-target").first.evaluate("slider => slider.classList.add('noUi-state-tap')")  # as a click on the track does
+    assert lab.cell.evaluate(gliding) > 0
+    lab.page.emulate_media(reduced_motion="reduce")
+    try:
+        assert lab.cell.evaluate(gliding) == 0
+    finally:
+        lab.page.emulate_media(reduced_motion="no-preference")

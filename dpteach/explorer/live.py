@@ -30,6 +30,14 @@ _FOR_EVERYBODY = f"""
 .dpteach .widget-inline-hbox > .widget-label {{white-space: normal; line-height: 1.2; height: auto; align-self: center}}
 .dpteach .widget-html, .dpteach .widget-html-content {{min-width: 0; max-width: 100%}}
 .dpteach .widget-html-content {{line-height: 1.4 !important; align-self: center}}
+@media (forced-colors: active) {{
+  .dpteach .noUi-target, .dpteach .ui-slider {{outline: 1px solid}}
+  .dpteach button {{border: 1px solid}}
+  .dpteach button.mod-active {{border-width: 3px}}
+}}
+@media (prefers-reduced-motion: reduce) {{
+  .dpteach * {{transition: none !important; animation: none !important}}
+}}
 </style>
 <img alt="" src="data:," style="display:none" onerror="
   const set = (at, name, value) => {{ if (at && at.getAttribute(name) !== value) at.setAttribute(name, value); }};
