@@ -41,7 +41,7 @@ def test_a_kernel_with_a_running_explorer_fits_thirty_times_into_a_class_machine
         running = float(kernel.ask(resident))
         cell.stop()
         print(f"\nresident: kernel with the imports {without:.0f} MB, with a running explorer {running:.0f} MB")
-        assert running <= 750
+        assert running <= 700
 
 
 def test_a_run_that_has_ended_leaves_the_processor_alone():
