@@ -391,6 +391,16 @@ def folded(said: str, rows: list[widgets.Widget]) -> widgets.VBox:
     return widgets.VBox([widgets.HBox([button]), inside])
 
 
+def put_away(widget: widgets.Widget) -> None:
+    """Close a widget with all that is in it: the kernel holds every widget until it is closed, and a box closes only itself."""
+    for part in (*getattr(widget, "children", ()), widget.layout, getattr(widget, "style", None)):
+        if isinstance(part, widgets.DOMWidget):
+            put_away(part)
+        elif part is not None:
+            part.close()
+    widget.close()
+
+
 def show_widget(box: widgets.Widget, words: str) -> None:
     # The view by hand, so that the saved text is one sentence and not the widget's whole inside.
     display({

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from torch import nn
 
 from dpteach.data import Data
-from dpteach.explorer.live import control_style, for_everybody, in_a_row, show_widget
+from dpteach.explorer.live import control_style, for_everybody, in_a_row, put_away, show_widget
 from dpteach.explorer.training import Explorer, last_accuracy
 from dpteach.plots import Mark, Panel, Points, alt_text, still, svg
 from dpteach.training import OPTIMIZERS, Settings
@@ -83,9 +83,9 @@ class Playground:
             optimizer=self.menus["optimizer"].value, test_data=scene.test_data,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
-        for old in self._place.children:
-            old.close()
-        self._place.children = [self.explorer._box]
+        before, self._place.children = self._place.children, [self.explorer._box]
+        for box in before:
+            put_away(box)
 
     def wait(self, timeout: float | None = None) -> None:
         """As :meth:`Explorer.wait`."""
