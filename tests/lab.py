@@ -50,12 +50,12 @@ WATCH = """(cell) => {
 
 NOTEBOOK = "window.jupyterapp.shell.currentWidget"
 
-EXECUTE = f"""async (code) => {{
+EXECUTE = f"""async ([code, ms]) => {{
   const future = {NOTEBOOK}.sessionContext.session.kernel.requestExecute({{code, store_history: false}});
   let text = '';
   future.onIOPub = m => {{ if (m.header.msg_type === 'stream') text += m.content.text;
                            if (m.header.msg_type === 'error') text += 'ERROR ' + m.content.evalue; }};
-  await future.done;
+  await Promise.race([future.done, new Promise((_, no) => setTimeout(() => no(new Error(code + ': not done in time')), ms))]);
   return text;
 }}"""
 
@@ -167,13 +167,15 @@ class LabPage:
         self._wait_for_kernel(name)
         return self
 
-    def command(self, name: str, *, timeout: float = 30, **arguments) -> None:
-        """Run one of Lab's commands and wait until it is done."""
+    def command(self, name: str, *, cell: int | None = None, timeout: float = 30, **arguments) -> None:
+        """Run one of Lab's commands, on a cell if given, and wait until it is done."""
         self.page.evaluate(
-            """([name, args, ms]) => Promise.race([
-                 window.jupyterapp.commands.execute(name, args),
-                 new Promise((_, no) => setTimeout(() => no(new Error(name + ': not done in time')), ms))]).then(() => null)""",
-            [name, arguments, 1000 * timeout * slowness()],
+            f"""([name, args, cell, ms]) => {{
+                 if (cell !== null) {NOTEBOOK}.content.activeCellIndex = cell;
+                 return Promise.race([
+                   window.jupyterapp.commands.execute(name, args),
+                   new Promise((_, no) => setTimeout(() => no(new Error(name + ': not done in time')), ms))]).then(() => null); }}""",
+            [name, arguments, cell, 1000 * timeout * slowness()],
         )
 
     def run_all(self, *, timeout: float = 120) -> "LabPage":
@@ -183,8 +185,7 @@ class LabPage:
         return self
 
     def run_cell(self, index: int = 0, *, timeout: float = 120) -> "LabPage":
-        self.page.evaluate(f"i => {{ {NOTEBOOK}.content.activeCellIndex = i; }}", index)
-        self.command("notebook:run-cell", timeout=timeout)
+        self.command("notebook:run-cell", cell=index, timeout=timeout)
         return self
 
     def end_kernel(self) -> None:
@@ -200,9 +201,9 @@ class LabPage:
         return self.page.evaluate(f"""() => {NOTEBOOK}.content.widgets.flatMap(c => c.model.type === 'code' ?
             c.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue) : [])""")
 
-    def execute(self, code: str) -> str:
+    def execute(self, code: str, *, timeout: float = 60) -> str:
         """Run ``code`` in the notebook's kernel, beside its cells; what it prints."""
-        return self.page.evaluate(EXECUTE, code).strip()
+        return self.page.evaluate(EXECUTE, [code, 1000 * timeout * slowness()]).strip()
 
     def trainers(self) -> int:
         """How many threads train in the kernel."""

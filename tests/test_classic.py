@@ -25,7 +25,7 @@ explorer
 WATCH = """() => {
   window.frames_seen = [];
   const look = () => {
-    const svg = document.querySelector('#notebook svg[role=img]'), status = document.querySelector('#notebook [role=status]');
+    const svg = document.querySelector('#notebook svg[role=img]'), status = document.querySelector('#notebook .dpteach-status');
     const row = {alt: svg ? svg.getAttribute('aria-label') : '', status: status ? status.textContent : ''};
     const last = window.frames_seen[window.frames_seen.length - 1] || {};
     if (row.alt !== last.alt || row.status !== last.status) window.frames_seen.push({...row, ms: performance.now()});

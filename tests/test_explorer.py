@@ -234,7 +234,7 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     explorer = explore(LONG)
     explorer.stop()
     explorer.wait(10)
-    explorer._spoken.observe(lambda change: heard.append(ElementTree.fromstring(change["new"]).text), "value")
+    explorer._spoken.observe(lambda change: heard.append(change["new"]), "value")
     explorer.start()
     shown = explorer._picture.value
     for _ in range(5):
@@ -318,6 +318,7 @@ def test_the_playground_keeps_runs_side_by_side():
         playground.menus["method"].value = "opacus"
         playground.wait(30)
         playground.pin()
+        assert playground._note.value == "Run 2 is pinned."
         assert [(p.scene, p.method) for p in playground.pinned] == [("a", "dpsgd"), ("b", "opacus")]
         assert playground.pinned[0].epsilon == playground.pinned[1].epsilon
         assert f"{playground.pinned[0].accuracy:.1%}" in playground._kept.value

@@ -71,7 +71,7 @@ def test_a_cold_notebook_soon_shows_a_moving_frame(notebook, tmp_path):
             return time.monotonic() - began
 
         live = after(".jp-Notebook .jupyter-widgets svg[role=img]")
-        moving = after(".jp-Notebook [role=status]", "Training")
+        moving = after(".jp-Notebook .dpteach-status", "Training")
     print(f"\n{notebook}: open with a kernel after {opened:.1f} s, first live picture after {live:.1f} s, "
           f"first moving frame of a training after {moving:.1f} s")
     assert live <= 60 and moving <= 120

@@ -64,5 +64,5 @@ def test_the_playground_is_a_page_of_its_own_whose_sliders_train(address):
         assert f"σ = {shown}," not in before
         page.wait_for_function(f"() => ({ALT})().includes('σ = {shown},')", polling=20)
         print(f"Voilà, slider to new frame: {1000 * (time.monotonic() - let_go):.0f} ms")
-        page.wait_for_function("() => [...document.querySelectorAll('[role=status]')].some(s => s.textContent.startsWith('Finished'))")
+        page.wait_for_function("() => [...document.querySelectorAll('.dpteach-status')].some(s => s.textContent.startsWith('Finished'))")
         assert errors == []

@@ -22,14 +22,17 @@ _DEBOUNCE = 0.08  # seconds without another change before a run starts
 _TURN_AT_PYTHON = 0.0005  # seconds; Python's own value is 0.005
 
 _FOCUS = ", ".join(f".dpteach {part}:focus-visible" for part in (".noUi-handle", ".widget-readout", "button", "select"))
-# ipywidgets cuts a long label, shows no focus on a slider's handle, gives it no name, and reads out the logarithm of a
-# logarithmic slider's value. The script does nothing else, and nothing but that is missing where a page refuses it.
+# ipywidgets cuts a long label, shows no focus on a slider's handle, gives it no name, reads out the logarithm of a
+# logarithmic slider's value, and says "null" where the mouse rests on a label. It also replaces the inside of a text at each
+# change, and a screen reader wants to know the place before the words come: so the place is marked, not the words. The script
+# does nothing else, and nothing but that is missing where a page refuses it.
 _FOR_EVERYBODY = f"""
 <style>
 {_FOCUS} {{outline: 2px solid currentColor !important; outline-offset: 2px}}
 .dpteach .widget-inline-hbox > .widget-label {{white-space: normal; line-height: 1.2; height: auto; align-self: center}}
 .dpteach .widget-html, .dpteach .widget-html-content {{min-width: 0; max-width: 100%}}
 .dpteach .widget-html-content {{line-height: 1.4 !important; align-self: center}}
+.dpteach .dpteach-spoken {{position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap}}
 @media (forced-colors: active) {{
   .dpteach .noUi-target, .dpteach .ui-slider {{outline: 1px solid}}
   .dpteach button {{border: 1px solid}}
@@ -40,15 +43,20 @@ _FOR_EVERYBODY = f"""
 }}
 </style>
 <img alt="" src="data:," style="display:none" onerror="
-  const set = (at, name, value) => {{ if (at && at.getAttribute(name) !== value) at.setAttribute(name, value); }};
-  const name = box => box.querySelectorAll('.widget-slider').forEach(slider => {{
-    const words = slider.querySelector('.widget-label').textContent, number = slider.querySelector('.widget-readout');
-    const handle = slider.querySelector('[role=slider], .ui-slider-handle');
-    set(handle, 'aria-label', words);
-    set(handle, 'aria-valuetext', number.textContent);
-    set(number, 'role', 'textbox');
-    set(number, 'aria-label', words + ', typed');
-  }});
+  const set = (at, name, value) => {{ if (at && at.getAttribute(name) !== String(value)) at.setAttribute(name, value); }};
+  const name = box => {{
+    box.querySelectorAll('.widget-slider').forEach(slider => {{
+      const words = slider.querySelector('.widget-label').textContent, number = slider.querySelector('.widget-readout');
+      const handle = slider.querySelector('[role=slider], .ui-slider-handle');
+      set(handle, 'aria-label', words);
+      set(handle, 'aria-valuetext', number.textContent);
+      set(number, 'role', 'textbox');
+      set(number, 'aria-label', words + ', typed');
+    }});
+    box.querySelectorAll('[title=null]').forEach(label => label.removeAttribute('title'));
+    box.querySelectorAll('.widget-toggle-button').forEach(button => set(button, 'aria-expanded', button.matches('.mod-active')));
+    box.querySelectorAll('.dpteach-aloud').forEach(place => set(place, 'aria-live', 'polite'));
+  }};
   const begin = () => {{
     const box = this.closest('.dpteach');
     if (!box) return setTimeout(begin, 100);
@@ -57,7 +65,6 @@ _FOR_EVERYBODY = f"""
   }};
   begin();
 ">"""
-_SPOKEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap"
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ class Live:
     def __init__(self, controls: dict[str, widgets.Widget], rows: Callable[[], list[widgets.Widget]]):
         self.controls = controls
         self.error: Exception | None = None
-        self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), read_aloud(widgets.HTML())
+        self._spoken.add_class("dpteach-spoken")
         self._status, self._in_progress = "", False
         self._changed = threading.Condition(threading.RLock())
         self._generation = 0
@@ -232,10 +240,12 @@ class Live:
 
     def _say(self, sentence: str, progress: bool = False) -> None:
         self._status = sentence
-        # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended.
-        self._status_line.value = f'<span class="dpteach-status" role="status" aria-live="off">{escape(sentence)}</span>'
+        # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended. The
+        # line for the eye must not look like one that is read out, not even like one that is switched off: of two such lines
+        # with the same words the Orca screen reader takes the first, and says nothing.
+        self._status_line.value = f'<span class="dpteach-status">{escape(sentence)}</span>'
         if sentence and not (progress and self._in_progress):
-            self._spoken.value = f'<span class="dpteach-spoken" aria-live="polite" style="{_SPOKEN}">{escape(sentence)}</span>'
+            self._spoken.value = escape(sentence)
         self._in_progress = progress
 
 
@@ -373,6 +383,12 @@ def for_everybody(rows: list[widgets.Widget]) -> widgets.VBox:
     return box
 
 
+def read_aloud(place: widgets.HTML) -> widgets.HTML:
+    """A place whose new words a screen reader says when it has finished its sentence."""
+    place.add_class("dpteach-aloud")
+    return place
+
+
 def in_a_row(*parts: widgets.Widget) -> widgets.HBox:
     """Side by side, and below each other where the page is narrow."""
     return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
@@ -381,7 +397,8 @@ def in_a_row(*parts: widgets.Widget) -> widgets.HBox:
 def folded(said: str, rows: list[widgets.Widget]) -> widgets.VBox:
     """Rows that a button shows and hides. A keyboard reaches it; it does not reach the head of an ``Accordion``."""
     inside = widgets.VBox(rows, layout=widgets.Layout(display="none"))
-    button = widgets.ToggleButton(description=said, icon="caret-right", layout=widgets.Layout(width="auto"))
+    button = widgets.ToggleButton(description=said, icon="caret-right", tooltip="Show or hide these sliders",
+                                  layout=widgets.Layout(width="auto"))
 
     def turn(change):
         inside.layout.display = "flex" if change["new"] else "none"

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from torch import nn
 
 from dpteach.data import Data
-from dpteach.explorer.live import control_style, for_everybody, in_a_row, put_away, show_widget
+from dpteach.explorer.live import control_style, for_everybody, in_a_row, put_away, read_aloud, show_widget
 from dpteach.explorer.training import Explorer, last_accuracy
 from dpteach.plots import Mark, Panel, Points, alt_text, still, svg
 from dpteach.training import OPTIMIZERS, Settings
@@ -70,7 +70,7 @@ class Playground:
         clear = widgets.Button(description="Unpin all", icon="trash", tooltip="Forget the runs that were kept")
         pin.on_click(lambda _: self.pin())
         clear.on_click(lambda _: self._unpin())
-        self._note, self._kept, self._place = widgets.HTML(), widgets.HTML(), widgets.VBox()
+        self._note, self._kept, self._place = read_aloud(widgets.HTML()), widgets.HTML(), widgets.VBox()
         self._box = for_everybody([*self.menus.values(), self._place, in_a_row(pin, clear, self._note), self._kept])
         for choice_ in self.menus.values():
             choice_.observe(lambda _: self._open(), "value")
@@ -102,11 +102,12 @@ class Playground:
             self.menus["scene"].value, self.menus["method"].value, self.menus["optimizer"].value, run.settings, run.exact,
             accuracy, without,
         ))
-        self._note.value = ""
+        self._note.value = f"Run {len(self.pinned)} is pinned."
         self._draw()
 
     def _unpin(self) -> None:
         self.pinned.clear()
+        self._note.value = "No run is pinned."
         self._draw()
 
     def _draw(self) -> None:
