@@ -308,7 +308,10 @@ def test_nothing_is_left_after_a_signal_to_the_one_who_started_it(sent):
             print(json.dumps([federation._mark, str(federation._home), federation._port]), flush=True)
             list(federation.rounds(5, timeout=180, records=300))
     """)
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that were started by nohup ignore it, and hand that on
+    )
     mark, home, port = json.loads(parent.stdout.readline())
     deadline = time.monotonic() + 60
     while not any("run" in p.environ().get(keeper.VARIABLE, "") for p in keeper.marked(mark)) and time.monotonic() < deadline:
