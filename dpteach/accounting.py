@@ -52,9 +52,9 @@ def epsilon(
         target_delta: δ in (0, 1); keep it well below one over the number of records.
         accountant: ``"prv"`` (numerical, an upper bound within 0.01, or within 0.2 % for a large ε or up to 100,000
             steps; it cannot resolve ε > 700 or δ < 1e-10, and RDP's bound is the answer there), ``"rdp"`` (quick, a
-            looser upper bound), ``"pld"`` (numerical, from dp-accounting), ``"gdp"`` (a central limit approximation:
-            **not a bound**, it can report far too little), ``"rdp-classic"`` (RDP with the conversion of 2017, as
-            tools printed it until about 2020).
+            looser upper bound), ``"pld"`` (numerical, from dp-accounting; below δ = 1e-10 its rounding errors show),
+            ``"gdp"`` (a central limit approximation: **not a bound**, it can report far too little), ``"rdp-classic"``
+            (RDP with the conversion of 2017, as tools printed it until about 2020).
         alphas: the RDP orders to search, each > 1; for the two RDP accountants only.
 
     Returns:
@@ -357,7 +357,7 @@ def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -
 @functools.lru_cache(maxsize=256)
 def _prv(history: _History, delta) -> float:
     bound = float(_rdp(history, np.ones(1), delta, "rdp", None)[0])
-    # Below, PRV's rounding errors are as large as δ (1 % under PLD at 1e-13); above, it takes seconds only to overflow.
+    # Below, PRV's rounding errors are as large as δ; above, it takes seconds only to overflow.
     if delta < 1e-10 or bound > 1000:
         return bound
     steps = sum(steps for _, _, steps in history)

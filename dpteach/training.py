@@ -259,8 +259,10 @@ def _set_gradient(model: nn.Module, gradient: Tensor) -> None:
 def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     from opacus import PrivacyEngine  # 1 s to import, and only this method needs it
 
-    n = len(data)
+    n, device = len(data), data.X.device
     sampling, noise = _generators(settings.seed)
+    if noise.device != device:  # Opacus draws the noise where the model is
+        noise = torch.Generator(device).manual_seed(noise.initial_seed())
     loader = torch.utils.data.DataLoader(
         data, batch_size=settings.batch_size, generator=sampling, collate_fn=lambda batch: batch
     )
@@ -281,6 +283,7 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     try:
         for _ in range(settings.epochs):
             for X, y in loader:
+                X, y = X.to(device), y.to(device)  # Opacus makes its empty batch on the CPU
                 optimizer.zero_grad()
                 loss = F.cross_entropy(private(X), y)
                 loss.backward()

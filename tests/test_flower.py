@@ -257,6 +257,25 @@ def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
         Federation([Node("a"), Node("b")]).ledger("a")
 
 
+def test_a_kill_that_is_not_over_does_not_reach_the_node_that_is_started_next(tmp_path, monkeypatch):
+    federation = Federation([Node("alice"), Node("bob")])
+    federation._mark, federation._home, federation._keeper = uuid.uuid4().hex, tmp_path, object()
+    monkeypatch.setattr(federation, "_start_node", lambda name: federation._spawn(name, "sleep", "60"))
+    monkeypatch.setattr(federation, "_wait_online", lambda: None)
+    monkeypatch.setattr("dpteach.flower.federation.end", lambda *args, **kwargs: (time.sleep(0.5), keeper.end(*args, **kwargs)))
+    federation._start_node("alice")
+    federation.kill("alice", in_next_round=True)
+    federation.ledger("alice").charge(noise_multiplier=1.0, sample_rate=0.1, steps=1)
+    assert federation._processes["alice"].wait(10)
+    federation.restart("alice")
+    try:
+        time.sleep(1)
+        assert federation._processes["alice"].poll() is None
+    finally:
+        federation._processes["alice"].kill()
+        federation._processes["alice"].wait(10)
+
+
 # Nothing is left
 
 

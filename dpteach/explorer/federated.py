@@ -9,13 +9,12 @@ from html import escape
 from typing import Any
 
 import ipywidgets as widgets
-import torch
 from torch import nn
 
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data, split
-from dpteach.explorer.live import Range, Trainer, control_style, diverged, slider_for
+from dpteach.explorer.live import Range, Trainer, control_style, diverged, new_model, slider_for
 from dpteach.federated import WEIGHTS, Round, Turn, Worker, train_turns
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings
@@ -170,7 +169,7 @@ class FederatedExplorer(Trainer):
 
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         run = self._new_run(values)
-        model = self._new_model()
+        model = new_model(self._make_model, self._settings.seed)
         made_so_far = train_turns(run.workers, model, run.rounds, weights=values["weights"], test_data=self._test_data)
         with self._changed:
             if generation != self._generation:
@@ -204,11 +203,6 @@ class FederatedExplorer(Trainer):
     def _make_exact(self, run: _Run, generation: int) -> None:
         run.exact = {worker.name: run.price(worker, "prv") for worker in run.workers}
         self._show_price(run, generation)
-
-    def _new_model(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # for a make_model that draws from the global generator
-            torch.manual_seed(self._settings.seed)
-            return self._make_model()
 
     def _panels(self) -> list[Panel]:
         return self._panels_of(self._run)

@@ -373,7 +373,14 @@ class Viewer(Live):
 @torch.no_grad()
 def diverged(model: nn.Module, data: Data) -> bool:
     """Whether the model's scores are not all finite numbers any more."""
-    return not bool(model(data.X[:32]).isfinite().all())
+    return not bool(model(data.X[:32].to(next(model.parameters()).device)).isfinite().all())
+
+
+def new_model(make_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``dpteach.models`` does not)."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        return make_model()
 
 
 def for_everybody(rows: list[widgets.Widget]) -> widgets.VBox:

@@ -19,7 +19,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.live import RANGES, Range, Trainer, diverged, folded, slider_for, words
+from dpteach.explorer.live import RANGES, Range, Trainer, diverged, folded, new_model, slider_for, words
 from dpteach.plots import Line, Mark, Panel, Points, contour, svg
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, delta_warning, train
 
@@ -100,7 +100,7 @@ class Explorer(Trainer):
         self._run = Run(settings, math.inf)
         shown = data.take(min(200, len(data)))
         self._records = [
-            Points(*shown.X[shown.y == label].T.numpy(), "data", f"class {label}", cross=bool(label)) for label in (0, 1)
+            Points(*shown.X[shown.y == label].T.cpu().numpy(), "data", f"class {label}", cross=bool(label)) for label in (0, 1)
         ] if self._plane else []
 
         adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
@@ -193,7 +193,7 @@ class Explorer(Trainer):
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         settings = dataclasses.replace(self._start_settings, **values)
         run = Run(settings, self._whole_price(settings, "rdp"))
-        run.model = self._new_model(settings)
+        run.model = new_model(self._make_model, settings.seed)
         steps = self._train(run.model, settings, self._method)
         beside = self._baseline_beside(run)
         began = time.perf_counter()
@@ -240,12 +240,6 @@ class Explorer(Trainer):
         so_far = "" if math.isinf(step.epsilon) else f", ε so far at most {step.epsilon:.2f}"
         return f"Training: step {step.step} of {step.steps}, loss {step.loss:.2f}{so_far}"
 
-    def _new_model(self, settings: Settings) -> nn.Module:
-        # For a make_model that draws from the global generator; dpteach.models does not.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            return self._make_model()
-
     def _baseline_beside(self, run: Run) -> Iterator[None]:
         """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
         if not self._baseline:
@@ -253,7 +247,7 @@ class Explorer(Trainer):
         s = run.settings
         key = (s.lr, s.batch_size, s.epochs, s.seed)
         if key not in self._baselines:
-            model = self._new_model(s)
+            model = new_model(self._make_model, s.seed)
             for step in self._train(model, s, "sgd"):
                 run.baseline.append(step)
                 run.baseline_losses.append(step.loss)
@@ -270,7 +264,7 @@ class Explorer(Trainer):
             return None
         xs, ys, grid = self._grid
         with torch.no_grad():
-            scores = model(grid).numpy()
+            scores = model(grid.to(next(model.parameters()).device)).cpu().numpy()
         margin = (scores[:, 1] - scores[:, 0]).reshape(len(ys), len(xs))
         return contour(xs, ys, margin, 0.0) if np.isfinite(margin).all() else None
 

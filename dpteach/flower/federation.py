@@ -256,6 +256,7 @@ class Federation(_Local):
     def __init__(self, nodes: Sequence[Node], folder: str | os.PathLike | None = None, *, start_timeout: float = 90):
         super().__init__(start_timeout=start_timeout)
         self.nodes = {node.name: node for node in nodes}
+        self._killing = threading.Lock()  # a node is not started again while the last one is still being killed
         if len(self.nodes) < 2 or len(self.nodes) < len(nodes):
             raise ValueError(f"nodes must be at least two, each with a name of its own, got {[n.name for n in nodes]!r}")
         self._folder = None if folder is None else Path(folder).resolve()
@@ -300,7 +301,8 @@ class Federation(_Local):
         """
         known = self._known(name)
         if in_next_round:
-            threading.Thread(target=self._kill_after_charge, args=(known, self.ledger(known)), daemon=True).start()
+            ledger = self.ledger(known)
+            threading.Thread(target=self._kill_after_charge, args=(known, ledger, len(ledger.charges)), daemon=True).start()
         else:
             self._kill(known)
 
@@ -312,9 +314,10 @@ class Federation(_Local):
             TimeoutError: if it is not online in time.
         """
         node = self._known(name)
-        if self._processes[node].poll() is None:
-            raise RuntimeError(f"{node} is running: kill it first.")
-        self._start_node(node)
+        with self._killing:
+            if self._processes[node].poll() is None:
+                raise RuntimeError(f"{node} is running: kill it first.")
+            self._start_node(node)
         self._wait_online()
 
     def _start(self) -> None:
@@ -355,12 +358,12 @@ class Federation(_Local):
                                  line["accuracy"], line["seconds"])
 
     def _kill(self, name: str) -> None:
-        self._processes[name].kill()  # first the one through which every answer goes
-        end(f"{self._mark}/{name}", patience=0)
-        self._processes[name].wait(10)
+        with self._killing:
+            self._processes[name].kill()  # first the one through which every answer goes
+            end(f"{self._mark}/{name}", patience=0)
+            self._processes[name].wait(10)
 
-    def _kill_after_charge(self, name: str, ledger: Ledger) -> None:
-        charges = len(ledger.charges)
+    def _kill_after_charge(self, name: str, ledger: Ledger, charges: int) -> None:
         while self._keeper is not None and len(ledger.charges) <= charges:
             time.sleep(0.005)
         if self._keeper is not None:
