@@ -142,8 +142,8 @@ def train(
     """Train ``model`` in place, one :class:`Step` at a time. Nothing runs until the first step is asked for.
 
     Args:
-        model: maps ``(B, ...)`` records to ``(B, classes)`` scores; the loss is cross-entropy.
-        data: the private records.
+        model: maps ``(B, ...)`` records to ``(B, classes)`` scores; the loss is cross-entropy. On whichever device it is.
+        data: the private records; copied to the model's device.
         settings: σ, C, epochs, and so on.
         method: ``"sgd"`` (shuffled batches, no privacy), ``"dpsgd"`` (the four moves of ``mechanism``), or ``"opacus"``
             (``PrivacyEngine.make_private``). The private two have the same sampling, noise, division and ε; their
