@@ -283,7 +283,6 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     try:
         for _ in range(settings.epochs):
             for X, y in loader:
-                X, y = X.to(device), y.to(device)  # Opacus makes its empty batch on the CPU
                 optimizer.zero_grad()
                 loss = F.cross_entropy(private(X), y)
                 loss.backward()
