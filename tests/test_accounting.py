@@ -1,7 +1,5 @@
 import functools
 import math
-import subprocess
-import sys
 import time
 import warnings
 
@@ -16,7 +14,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from dpteach.accounting import ACCOUNTANTS, Ledger, epsilon, epsilon_path, noise_multiplier_for
+from dpteach.accounting import ACCOUNTANTS, epsilon, epsilon_path, noise_multiplier_for
 
 every_accountant = pytest.mark.parametrize("accountant", ACCOUNTANTS)
 
@@ -287,84 +285,3 @@ def test_budgets_that_are_no_epsilon_are_refused(refuses, value):
 def test_orders_that_mean_nothing_are_refused(accountant, alphas, what):
     with pytest.raises(ValueError, match=what):
         epsilon(**GOOD, accountant=accountant, alphas=alphas)
-
-
-CHARGE = dict(noise_multiplier=1.2, sample_rate=1 / 235, steps=235)
-
-
-@pytest.mark.parametrize("accountant", ["prv", "rdp", "gdp", "pld", "rdp-classic"])
-def test_a_ledgers_equal_charges_cost_what_one_run_of_them_costs(accountant):
-    ledger = Ledger()
-    for _ in range(3):
-        ledger.charge(**CHARGE)
-    alone = epsilon(**{**CHARGE, "steps": 705}, accountant=accountant)
-    assert ledger.epsilon(accountant=accountant) == pytest.approx(alone, rel=1e-9)
-    assert ledger.steps == 705
-
-
-def test_a_ledgers_unlike_charges_compose_as_in_another_library():
-    ledger = Ledger()
-    ledger.charge(noise_multiplier=1.5, sample_rate=0.02, steps=300)
-    ledger.charge(noise_multiplier=0.9, sample_rate=0.01, steps=200)
-    pld = ledger.epsilon(accountant="pld")
-    assert ledger.epsilon() == pytest.approx(pld, rel=0.02)
-    assert pld < ledger.epsilon(accountant="rdp") < 1.4 * pld
-    for alone in ledger.charges:
-        assert ledger.epsilon() > epsilon(noise_multiplier=alone.noise_multiplier, sample_rate=alone.sample_rate, steps=alone.steps)
-
-
-def test_a_ledger_without_a_charge_costs_nothing_and_one_without_noise_everything():
-    ledger = Ledger()
-    assert ledger.epsilon() == 0.0
-    ledger.charge(noise_multiplier=0.0, sample_rate=0.1, steps=1)
-    ledger.charge(**CHARGE)
-    assert ledger.epsilon() == math.inf
-
-
-def test_a_ledger_file_remembers_across_objects_and_processes(tmp_path):
-    path = tmp_path / "alice.json"
-    Ledger(path).charge(**CHARGE)
-    code = ("import sys; from dpteach.accounting import Ledger\n"
-            "for _ in range(20): Ledger(sys.argv[1]).charge(noise_multiplier=1.2, sample_rate=0.1, steps=1)")
-    both = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
-    assert Ledger(path).steps == 235 + 40  # no charge of the two is lost
-    assert len(Ledger(path).charges) == 41
-
-
-def test_a_ledgers_charge_is_on_the_disk_before_training_could_be_killed(tmp_path):
-    path = tmp_path / "ledger.json"
-    code = ("import os, signal, sys; from dpteach.accounting import Ledger\n"
-            "Ledger(sys.argv[1]).charge(noise_multiplier=1.2, sample_rate=0.1, steps=7)\n"
-            "os.kill(os.getpid(), signal.SIGKILL)")
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
-    assert Ledger(path).steps == 7
-
-
-@pytest.mark.parametrize("harm", [
-    lambda text: text[: len(text) // 2],
-    lambda text: "",
-    lambda text: text.replace("1.2", "9.2"),
-    lambda text: text.replace('"version": 1', '"version": 2'),
-    lambda text: text.replace("dpteach-ledger", "other"),
-    lambda text: "[]",
-    lambda text: "{}",
-])
-def test_a_damaged_ledger_is_an_error_and_never_a_new_start(tmp_path, harm):
-    path = tmp_path / "ledger.json"
-    ledger = Ledger(path)
-    ledger.charge(**CHARGE)
-    harmed = harm(path.read_text())
-    path.write_text(harmed)
-    for use in (lambda: Ledger(path), lambda: ledger.charge(**CHARGE), lambda: ledger.epsilon(), lambda: ledger.steps):
-        with pytest.raises(ValueError, match="ledger.json is not a readable ledger .* restore it from a backup"):
-            use()
-    assert path.read_text() == harmed
-
-
-@pytest.mark.parametrize("name, value", [("noise_multiplier", -1.0), ("sample_rate", 1.5), ("steps", -1), ("steps", 1.5)])
-def test_a_ledger_refuses_a_charge_that_makes_no_sense(refuses, tmp_path, name, value):
-    ledger = Ledger(tmp_path / "ledger.json")
-    with refuses(name, value):
-        ledger.charge(**{**CHARGE, name: value})
-    assert ledger.charges == () and not ledger.path.exists()
