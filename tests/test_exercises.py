@@ -1,11 +1,19 @@
 """Every exercise: its reference answer passes, every wrong answer that it knows gets its own sentence."""
 
+import math
+import signal
+import sys
+import threading
+import time
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 from dpteach import exercises
-from dpteach.exercises import noise
-from dpteach.exercises.core import Wrong, coding
+from dpteach.exercises import core, noise
+from dpteach.exercises.core import Wrong, coding, examine
 
 ALL = exercises.every()
 CODING = [e for e in ALL if callable(e.reference)]
@@ -126,4 +134,250 @@ def in_place(x):
     (lambda: 0, "your function raised TypeError"),
 ])
 def test_the_engine_tells_apart_the_ways_to_be_wrong(answer, sentence):
-    assert sentence in DOUBLE.examine(answer).message
+    assert sentence in examine(DOUBLE, answer).message
+
+
+def never_ends(x):
+    while True:
+        pass
+
+
+def swallows(x):
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            continue
+
+
+def sleeps(x):
+    time.sleep(3)
+
+
+def exits(x):
+    sys.exit("bye")
+
+
+def interrupts(x):
+    raise KeyboardInterrupt
+
+
+def recurs(x):
+    return recurs(x)
+
+
+def too_big(x):
+    raise MemoryError
+
+
+class Unprintable(BaseException):
+    def __str__(self):
+        raise ValueError
+
+
+def raises_what_cannot_be_printed(x):
+    raise Unprintable
+
+
+class Hostile:
+    """Every question to it is an error."""
+
+    def _no(self, *args):
+        raise ValueError("no")
+
+    __eq__ = __bool__ = __float__ = __len__ = __iter__ = __repr__ = __str__ = __deepcopy__ = __format__ = __hash__ = _no
+
+    def __getattr__(self, name):
+        raise ValueError("no")
+
+
+@pytest.fixture
+def short_limit(monkeypatch):
+    monkeypatch.setattr(core, "TIME_LIMIT", 0.3)
+
+
+@pytest.mark.parametrize("answer, sentence", [
+    (never_ends, "your function did not finish within 0.3 seconds: does its loop end?"),
+    (swallows, "your function did not finish within 0.3 seconds: does its loop end?"),
+    (sleeps, "your function did not finish within 0.3 seconds: does its loop end?"),
+    (exits, "your function ends Python (`sys.exit`). Use `return`."),
+    (interrupts, "your function raised KeyboardInterrupt."),
+    (recurs, "your function calls itself without end (RecursionError)."),
+    (too_big, "your function needs more memory than there is (MemoryError)."),
+    (raises_what_cannot_be_printed, "your function raised Unprintable."),
+])
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_whatever_an_answer_does_ends_in_a_sentence(answer, sentence, thread, short_limit):
+    found = []
+    streams = sys.stdout, sys.stderr
+    began = time.monotonic()
+    if thread == "main":
+        found.append(examine(DOUBLE, answer))
+    else:  # a cell that JupyterLab runs in a subshell
+        other = threading.Thread(target=lambda: found.append(examine(DOUBLE, answer)))
+        other.start()
+        other.join()
+    assert found == [core.Verdict(False, sentence)]
+    assert time.monotonic() - began < 3 and streams == (sys.stdout, sys.stderr)
+    assert examine(DOUBLE, lambda x: x * 2).passed  # and the next check is a check
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+def test_a_hostile_object_gets_a_sentence(exercise):
+    for answer in (Hostile(), Hostile, lambda *args, **kwargs: Hostile(), (Hostile(), Hostile()), iter(())):
+        verdict = exercises.check(exercise.id, answer)
+        assert verdict.passed is False and verdict.message.endswith(".") and repr(verdict)
+
+
+def test_a_late_function_is_ended_and_not_left_running(short_limit):
+    turns = []
+
+    def counts(x):
+        while True:
+            turns.append(1)
+
+    assert examine(DOUBLE, counts).passed is False
+    made = len(turns)
+    time.sleep(0.1)
+    assert len(turns) == made > 0
+
+
+def test_many_calls_together_have_a_limit_too(monkeypatch):
+    monkeypatch.setattr(core, "EXAMINATION_LIMIT", 0.3)
+    slow = coding("0.2", hint="h", reference=lambda: 1.0, inputs=[lambda: ()] * 100, praise="p.", wrong=[])
+    verdict = examine(slow, lambda: time.sleep(0.05) or 1.0)
+    assert verdict.passed is False and "not over after 0.3 seconds" in verdict.message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process can't send itself an interrupt there")
+def test_an_interrupt_by_the_learner_is_one_sentence_and_ends_the_function():
+    turns = []
+
+    def counts(x):
+        while True:
+            turns.append(1)
+
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    verdict = examine(DOUBLE, counts)
+    assert verdict == core.Verdict(False, "you stopped the check before it was over.")
+    made = len(turns)
+    time.sleep(0.1)
+    assert len(turns) == made > 0
+
+
+def test_prints_are_shown_once_and_cut(capsys):
+    calls = []
+
+    def prints(x):
+        calls.append(1)
+        for k in range(1000):
+            print(f"call {len(calls)}, line {k}")
+        print("warning", file=sys.stderr)
+        return x * 2
+
+    many = coding("0.3", hint="h", reference=lambda x: x * 2, inputs=[lambda: (1.0,)] * 50, praise="p.", wrong=[])
+    verdict = examine(many, prints)
+    assert verdict.passed and verdict.message == "p."
+    assert verdict.printed.splitlines() == ["...", *(f"call 1, line {k}" for k in range(996, 1000)), "warning"]
+    assert repr(verdict).endswith("    warning") and len(repr(verdict).splitlines()) == 9
+    assert capsys.readouterr() == ("", "")
+    print("now")
+    assert capsys.readouterr().out == "now\n"
+
+
+def test_what_other_threads_print_during_a_check_is_not_taken(capsys):
+    def waits(x):
+        other = threading.Thread(target=print, args=["from the slider's thread"])
+        other.start()
+        other.join()
+        return x * 2
+
+    assert examine(DOUBLE, waits).printed == ""
+    assert capsys.readouterr().out == "from the slider's thread\n"
+
+
+def test_a_function_that_prints_and_returns_nothing_is_told_to_return():
+    verdict = examine(DOUBLE, lambda x: print(x * 2))
+    assert verdict.passed is False and "`return`" in verdict.message and verdict.printed == "tensor([2., 4.])"
+
+
+@pytest.mark.parametrize("answer", [
+    lambda x: (x * 2).numpy(), lambda x: (x * 2).double(), lambda x: x.requires_grad_(False) * 2,
+    lambda x: torch.nn.Parameter(x * 2),
+])
+def test_a_numpy_array_or_a_finer_tensor_is_right_where_a_tensor_is(answer):
+    assert examine(DOUBLE, answer).passed
+
+
+HALF = coding("0.4", hint="h", reference=lambda x: x / 2, inputs=[lambda: (1.0,), lambda: (3.0,)], praise="p.",
+              wrong=[Wrong(lambda x: x, "you did nothing.")])
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, np.array, torch.tensor, Fraction])
+def test_a_number_of_any_kind_is_right_where_a_number_is(kind):
+    assert examine(HALF, lambda x: kind(x / 2)).passed
+    assert examine(HALF, lambda x: kind(x)).message == "you did nothing."
+    assert examine(HALF, lambda x: kind(x / 4)).message == "on input 1 your answer is 0.25: too low."
+
+
+@pytest.mark.parametrize("given", [True, "0.5", 0.5j, torch.tensor([0.5]), np.ones(3), torch.tensor(True)])
+def test_what_is_no_number_is_told_so(given):
+    assert "your function must return a number, got a " in examine(HALF, lambda x: given).message
+
+
+EXACT = coding("0.5", hint="h", reference=lambda x: x.double() / 3, inputs=[lambda: (torch.tensor([1.0, 2.0]),)],
+               praise="p.", wrong=[Wrong(lambda x: x, "you did nothing.")], dtype=(torch.float64, "Because."), rtol=1e-9, atol=0)
+
+
+def test_the_dtype_that_is_asked_for_is_needed_and_the_reason_is_told():
+    assert examine(EXACT, lambda x: x.numpy().astype(float) / 3).passed
+    assert examine(EXACT, lambda x: x / 3).message == "your function must return torch.float64, got torch.float32. Because."
+    assert "largest difference" in examine(EXACT, lambda x: (x / 3).double()).message
+    assert examine(EXACT, lambda x: x * 1).message == "you did nothing."  # a known wrong answer is known in any dtype
+
+
+def test_a_trait_that_is_off_has_its_own_sentence():
+    exercise = coding("0.6", hint="h", reference=lambda: 2.0, inputs=[lambda: ()], praise="p.", wrong=[],
+                      observe=lambda fn, args: {"size": fn()}, traits={"size": "{mine:g} is {times:g} times too large."})
+    assert examine(exercise, lambda: 6.0).message == "6 is 3 times too large."
+
+
+SHARE = core.value("0.7", hint="h", answer=1 / 12, praise="p.", solution="s", share=True, wrong=[Wrong(0.9, "turned round.")])
+
+
+@pytest.mark.parametrize("given, passed, sentence", [
+    (1 / 12, True, "p."), ("0.0833", True, "p."), ("8.33 %", True, "p."), (" 8.3% ", True, "p."), (0.08, True, "p."),
+    (np.float32(1 / 12), True, "p."), (torch.tensor([1 / 12]), True, "p."), (np.array(1 / 12), True, "p."),
+    (8.33, False, "in percent"), (8, False, "in percent"), ("8.33", False, "in percent"),
+    (0.9, False, "turned round."), (90, False, "taken as percent: turned round."), (0.07, False, "0.07 is too low."),
+    (0.09, False, "0.09 is too high."), (10**400, False, "inf is too high."), (-10**400, False, "-inf is too low."),
+    (True, False, "must be a number, got a bool."), (np.True_, False, "must be a number"), ("e", False, "must be a number, got a str."),
+    (math.nan, False, "nan is not"), (1j, False, "must be a number"), (torch.zeros(2), False, "must be a number, got a Tensor."),
+])
+def test_a_number_is_read_however_it_is_written(given, passed, sentence):
+    verdict = examine(SHARE, given)
+    assert verdict.passed is passed and sentence in verdict.message
+
+
+LETTER = core.choose("0.8", hint="h", answer="b", praise="p.", solution="s", wrong=[Wrong("a", "not a."), Wrong("e", "not e.")])
+
+
+@pytest.mark.parametrize("given", ["b", "B", "b)", "(b)", " B.", "b: because a record", "b.", "[b]", "**b**", '"b"', "b - it is"])
+def test_a_letter_is_read_however_it_is_written(given):
+    assert examine(LETTER, given).passed is True
+    assert examine(LETTER, given.replace("b", "e").replace("B", "E").replace("eecause", "because")).message == "not e."
+
+
+@pytest.mark.parametrize("given", ["", "bb", "c", "a, b", "a/b", "because", 2, ["b"], np.zeros(2), "x" * 10_000])
+def test_what_is_no_letter_is_told_which_there_are(given):
+    verdict = examine(LETTER, given)
+    assert verdict.passed is False and "must be one of 'a', 'b', 'e', got" in verdict.message and len(verdict.message) < 150
+
+
+@pytest.mark.parametrize("answer", [lambda: 1.2345, lambda: {"alice": 9.0}, lambda: {"x": 1}, lambda: [3.0], lambda: "no", lambda: None])
+@pytest.mark.parametrize("right", [9.8765, {"alice": 9.8765}, [9.8765], ["9.8765"], "9.8765", torch.tensor([9.8765])])
+def test_no_verdict_shows_what_is_right(right, answer):
+    exercise = coding("0.9", hint="h", reference=lambda: right, inputs=[lambda: ()], praise="p.", wrong=[])
+    assert "9.8765" not in repr(examine(exercise, answer)) and "9.877" not in repr(examine(exercise, answer))
