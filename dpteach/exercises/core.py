@@ -118,30 +118,31 @@ def coding(
     """
     observe = observe or _result
 
-    def on_each_input(observe: Callable, fn: Callable) -> list:
+    def on_input(observe: Callable, fn: Callable, k: int) -> Any:
         with _known_random_numbers():
-            return [observe(fn, make()) for make in inputs]
+            return observe(fn, inputs[k]())
 
-    known = cache(partial(on_each_input, observe))  # the answers that come with the exercise, each run once
+    known = cache(partial(on_input, observe))  # the answers that come with the exercise, each run once on each input
+
+    def is_like(other: Callable, mine: list) -> bool:
+        loose = max(rtol, 1e-4), max(atol, 1e-5)
+        try:
+            return all(_difference(value, known(other, k), *loose) is None for k, value in enumerate(mine))
+        except Exception:  # a wrong answer may fail on an input: then the learner's would have failed as well
+            return False
 
     def examine(fn: Any) -> Verdict:
         if not callable(fn):
             return Verdict(False, f"the answer must be a function, got {_kind(fn)}.")
-        mine = on_each_input(partial(observed, observe), fn)
+        mine = [on_input(partial(observed, observe), fn, k) for k in range(len(inputs))]
         if any(unattempted(value) for value in mine):
             return not_attempted()
-        right = known(reference)
-        problem = _difference(mine, right, rtol, atol, dtype, traits)
+        problems = (_difference(value, known(reference, k), rtol, atol, dtype, traits, f"input {k + 1}")
+                    for k, value in enumerate(mine))
+        problem = next(filter(None, problems), None)
         if problem is None:
             return Verdict(True, praise)
-        for other in wrong:
-            try:
-                theirs = known(other.answer)
-            except Exception:  # a wrong answer may fail on an input: then the learner's would have failed as well
-                continue
-            if _difference(mine, theirs, max(rtol, 1e-4), max(atol, 1e-5)) is None:
-                return Verdict(False, other.message)
-        return Verdict(False, problem)
+        return Verdict(False, next((other.message for other in wrong if is_like(other.answer, mine)), problem))
 
     return Exercise(id, hint, reference, examine, tuple(wrong), solution)
 
@@ -407,9 +408,9 @@ def _known_random_numbers() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _difference(mine: list, right: list, rtol: float, atol: float, dtype: tuple[torch.dtype, str] | None = None,
-                traits: Mapping[str, str] | None = None) -> str | None:
-    """None where all are equal; else a sentence about the first that is not, without what is right."""
+def _difference(mine: Any, right: Any, rtol: float, atol: float, dtype: tuple[torch.dtype, str] | None = None,
+                traits: Mapping[str, str] | None = None, where: str = "") -> str | None:
+    """None where they are equal; else a sentence about what is not, without what is right."""
 
     def unlike(a: Any, b: Any, where: str) -> str | None:
         if isinstance(b, torch.Tensor):
@@ -459,7 +460,7 @@ def _difference(mine: list, right: list, rtol: float, atol: float, dtype: tuple[
             return f"your function must return {_kind(b)}, got {_kind(a)}."
         return None if a == b else f"on {where} your answer is not right."
 
-    return next(filter(None, (unlike(a, b, f"input {n}") for n, (a, b) in enumerate(zip(mine, right), start=1))), None)
+    return unlike(mine, right, where)
 
 
 def _told(sentence: str, mine: Any, right: Any) -> str:
