@@ -203,8 +203,8 @@ def short_limit(monkeypatch):
     (sleeps, "your function did not finish within 0.3 seconds: does its loop end?"),
     (exits, "your function ends Python (`sys.exit`). Use `return`."),
     (interrupts, "your function raised KeyboardInterrupt."),
-    (recurs, "your function calls itself without end (RecursionError)."),
-    (too_big, "your function needs more memory than there is (MemoryError)."),
+    (recurs, "your function calls itself without end (RecursionError). It was called with a tensor of shape (2,)."),
+    (too_big, "your function needs more memory than there is (MemoryError). It was called with a tensor of shape (2,)."),
     (raises_what_cannot_be_printed, "your function raised Unprintable."),
 ])
 @pytest.mark.parametrize("thread", ["main", "other"])
@@ -320,6 +320,14 @@ def test_a_number_of_any_kind_is_right_where_a_number_is(kind):
     assert examine(HALF, lambda x: kind(x / 2)).passed
     assert examine(HALF, lambda x: kind(x)).message == "you did nothing."
     assert examine(HALF, lambda x: kind(x / 4)).message == "on input 1 your answer is 0.25: too low."
+
+
+def test_an_answer_that_fails_on_a_late_input_is_known_by_the_earlier_ones():
+    raises = coding("0.31", hint="h", reference=lambda x: x.sum(), inputs=[lambda: (torch.ones(3),), lambda: (torch.ones(0),)],
+                    praise="p.", wrong=[Wrong(lambda x: x.max(), "this is the largest.")])
+    assert examine(raises, lambda x: x.max() * 1).message == "this is the largest."
+    late = examine(raises, lambda x: x.sum() if len(x) else 1 / 0).message
+    assert late == "your function raised ZeroDivisionError: division by zero. It was called with a tensor of shape (0,)."
 
 
 @pytest.mark.parametrize("given", [True, "0.5", 0.5j, torch.tensor([0.5]), np.ones(3), torch.tensor(True)])

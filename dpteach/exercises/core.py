@@ -134,12 +134,19 @@ def coding(
     def examine(fn: Any) -> Verdict:
         if not callable(fn):
             return Verdict(False, f"the answer must be a function, got {_kind(fn)}.")
-        mine = [on_input(partial(observed, observe), fn, k) for k in range(len(inputs))]
+        mine, complaint = [], None
+        try:
+            for k in range(len(inputs)):
+                mine.append(on_input(partial(observed, observe), fn, k))
+        except Complaint as error:  # on a later input, perhaps, and what came before tells more
+            complaint = str(error)
         if any(unattempted(value) for value in mine):
             return not_attempted()
         problems = (_difference(value, known(reference, k), rtol, atol, dtype, traits, f"input {k + 1}")
                     for k, value in enumerate(mine))
         problem = next(filter(None, problems), None)
+        if complaint and not problem:
+            return Verdict(False, complaint)
         if problem is None:
             return Verdict(True, praise)
         return Verdict(False, next((other.message for other in wrong if is_like(other.answer, mine)), problem))
@@ -239,7 +246,7 @@ def observed(observe: Callable, fn: Callable, args: tuple) -> Any:
     except Complaint:
         raise
     except BaseException as error:
-        raise Complaint(_raised(error)) from error
+        raise Complaint(_raised(error) + (_called_with(kept) if isinstance(error, Exception) else "")) from error
     for before, after in zip(kept, args):
         if isinstance(before, torch.Tensor) and not (
             before.shape == after.shape and torch.equal(before.nan_to_num(7.0), after.nan_to_num(7.0))
@@ -384,6 +391,19 @@ def _raised(error: BaseException, who: str = "your function") -> str:
         text = ""
     text = textwrap.shorten(text.partition("\n")[0], 300).rstrip(".")
     return f"{who} raised {type(error).__name__}: {text}." if text else f"{who} raised {type(error).__name__}."
+
+
+def _called_with(args: tuple) -> str:
+    """A sentence about the arguments, where they are such as can be told in a few words."""
+
+    def short(x: Any) -> str:
+        if isinstance(x, torch.Tensor):
+            return f"a tensor of shape {tuple(x.shape)}" if x.ndim else f"tensor({x.item()})"
+        return f"a {type(x).__name__}" if isinstance(x, torch.Generator) else reprlib.repr(x)
+
+    plain = (torch.Tensor, torch.Generator, numbers.Real, str)
+    told = all(isinstance(x, plain) or isinstance(x, (list, tuple)) and all(isinstance(y, plain[2:]) for y in x) for x in args)
+    return f" It was called with {', '.join(map(short, args))}." if args and told else ""
 
 
 def _result(fn: Callable, args: tuple) -> Any:
