@@ -47,9 +47,9 @@ def test_the_verdict_on_an_answer_with_random_numbers_is_no_matter_of_chance(id,
 
 def test_two_equal_batches_are_no_proof_that_the_seed_was_used():
     """Half of the batches are empty here, so two of them are often equal."""
+    args = (1, 0.5, torch.Generator())
     for seed in range(20):
         torch.manual_seed(seed)
-        args = (1, 0.5, torch.Generator())
         assert noise._repeats(lambda: noise._global_generator(*args), args[2]) == 0
         assert noise._repeats(lambda: noise.poisson_batch(*args), args[2]) == 1
 
@@ -389,3 +389,148 @@ def test_what_is_no_letter_is_told_which_there_are(given):
 def test_no_verdict_shows_what_is_right(right, answer):
     exercise = coding("0.9", hint="h", reference=lambda: right, inputs=[lambda: ()], praise="p.", wrong=[])
     assert "9.8765" not in repr(examine(exercise, answer)) and "9.877" not in repr(examine(exercise, answer))
+
+
+# What a sceptical learner answers. Written from the text of the exercises, not from the package's own answers.
+
+def margin_by_loop(logits, labels):
+    scores = []
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        scores.append(row[label] - max(row[:label] + row[label + 1:]))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def margin_by_topk(logits, labels):
+    best = logits.double().topk(2, dim=1)
+    own = logits.double()[torch.arange(len(labels)), labels]
+    return own - torch.where(best.indices[:, 0] == labels, best.values[:, 1], best.values[:, 0])
+
+
+def margin_by_mask(fill):
+    def margin(logits, labels):
+        own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
+        return logits.double()[own] - logits.double().masked_fill(own, fill).max(dim=1).values
+    return margin
+
+
+def loud_by_search(model, data):
+    draws = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    draws = draws.sign() * draws.abs().clamp(min=1.9)
+    with torch.no_grad():
+        margins = model(draws)[:, 0] - model(draws)[:, 1]
+    k = margins.abs().argmax()
+    return draws[k].numpy(), np.int64(margins[k] > 0)
+
+
+def noisy(make_noise):
+    def mean(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+        noise = make_noise(noise_multiplier * max_grad_norm, clipped.shape[1], generator)
+        return (clipped.sum(dim=0) + noise) / expected_batch_size
+    return mean
+
+
+def laplace_of_the_right_size(std, P, generator):
+    a, b = (torch.zeros(P).exponential_(generator=generator) for _ in range(2))
+    return std * (a - b) / math.sqrt(2)
+
+
+def alternating(std, P, generator, kept=[]):  # noqa: B006
+    kept[:] = [-kept[0]] if kept and len(kept[0]) == P else [torch.randn(P, generator=generator)]
+    return std * kept[0]
+
+
+def pairs(std, P, generator):
+    half = torch.randn((P + 1) // 2, generator=generator)
+    return std * torch.stack([half, -half], dim=1).flatten()[:P]
+
+
+def batch_by_loop(n, q, generator):
+    return torch.tensor([i for i in range(n) if torch.rand(1, generator=generator) < q], dtype=torch.int64)
+
+
+def clip_each(grads, C):
+    return torch.stack([g * min(1.0, C / (g.norm().item() + 1e-6)) for g in grads])
+
+
+def layers_by_index(grads, sizes, C):
+    out, start = grads.clone(), 0
+    for size in sizes:
+        part = grads[:, start:start + size]
+        out[:, start:start + size] = part / (part.norm(dim=1, keepdim=True) * len(sizes) ** 0.5 / C).clamp(min=1)
+        start += size
+    return out
+
+
+ROWS = torch.tensor([[1.0, 0.0]])
+
+RIGHT = [
+    ("1.1", "(e)"), ("1.1", "E."), ("1.1", "e: the step"), ("1.2", loud_by_search),
+    ("1.3", margin_by_loop), ("1.3", margin_by_topk), ("1.3", margin_by_mask(-math.inf)), ("1.3", margin_by_mask(-1e30)),
+    ("1.3", lambda logits, labels: margin_by_loop(logits, labels).numpy()),
+    ("1.4", 1 / 12), ("1.4", 0.08), ("1.4", 0.083), ("1.4", "8.3 %"), ("1.4", Fraction(1, 12)), ("1.4", torch.tensor(1 / 12)),
+    ("2.1", clip_each), ("2.1", lambda g, C: g / (g.norm(dim=1, keepdim=True) / C).clamp(min=1)),
+    ("2.1", lambda g, C: (g.numpy() / np.maximum(np.linalg.norm(g.numpy(), axis=1, keepdims=True) / C, 1))),
+    ("2.1", lambda g, C: torch.where(g.norm(dim=1, keepdim=True) > C, g * (C / g.norm(dim=1, keepdim=True)), g)),
+    ("2.1", lambda g, C: torch.renorm(g, 2, 0, C)),
+    ("2.2", np.array([0.0, 12.0])), ("2.2", [-24, 0]), ("2.2", torch.tensor([-1000, 3])), ("2.2", torch.tensor([2.5, 2.5]) * 10),
+    ("2.3", 1), ("2.3", np.float32(1)), ("2.3", torch.tensor(1.0)), ("2.3", "1.0"),
+    ("2.4", layers_by_index),
+    ("3.1", noisy(lambda std, P, g: torch.normal(0.0, std, (P,), generator=g))),
+    ("3.1", noisy(lambda std, P, g: torch.zeros(P).normal_(generator=g) * std)),
+    ("3.1", noisy(lambda std, P, g: std * torch.randn(P, dtype=torch.float64, generator=g))),
+    ("3.1", noisy(lambda std, P, g: std * torch.randn(1, P, generator=g).squeeze(0))),
+    ("3.1", noisy(lambda std, P, g: -std * torch.randn(P, generator=g))),
+    ("3.1", noisy(lambda std, P, g: std * torch.stack([torch.randn((), generator=g) for _ in range(P)]))),
+    ("3.2", lambda n, q, g: torch.bernoulli(torch.full((n,), q), generator=g).nonzero().flatten()),
+    ("3.2", lambda n, q, g: torch.arange(n)[torch.rand(n, generator=g) <= q]),
+    ("3.2", lambda n, q, g: torch.where(torch.rand(n, generator=g) > 1 - q)[0]),
+    ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, dtype=torch.float64, generator=g) < q).squeeze(1).numpy()),
+    ("3.2", batch_by_loop),
+    ("3.3", lambda: (ROWS, -ROWS[0])), ("3.3", lambda: [-ROWS.numpy(), ROWS[0].numpy()]), ("3.3", lambda: (ROWS.expand(3, 2), -ROWS[0])),
+    ("3.4", 0.47), ("3.4", 0.466), ("3.4", "46.6 %"), ("3.4", "47%"), ("3.4", np.float64(0.4661)),
+]
+WRONG_SO = [
+    ("1.1", "b)", "line b reads"), ("1.1", "(d)", "line d computes"), ("1.1", np.array(["e", "e"]), "must be one of"),
+    ("1.2", lambda model, data: (torch.tensor([-2.0, 2.0]), 1), "other models too"),
+    ("1.3", margin_by_mask(0.0), "you put 0 in the place"),
+    ("1.3", lambda logits, labels: margin_by_loop(logits, labels).float(), "must return torch.float64, got torch.float32"),
+    ("1.3", lambda logits, labels: margin_by_mask(-math.inf)(logits.half(), labels), "largest difference"),
+    ("1.4", 8, "in percent"), ("1.4", 8.3, "in percent"), ("1.4", 90, "taken as percent: 0.9 is the share of the members"),
+    ("2.2", torch.tensor([2.5, 2.5]), "Make the row longer"), ("2.2", torch.tensor([2.5, 0.0]), "Choose another direction"),
+    ("2.2", torch.tensor([99.0, 9.0]), "Choose another direction"), ("2.2", torch.tensor([1.0, 1j]), "must be a tensor of two numbers"),
+    ("2.3", True, "must be a number, got a bool"), ("2.3", 10**400, "without clipping there would be no limit"),
+    ("3.1", noisy(pairs), "with the sign turned"),
+    ("3.1", noisy(lambda std, P, g: std * torch.randn((P + 1) // 2, generator=g).repeat(2)[:P]), "depends on that of another"),
+    ("3.1", noisy(laplace_of_the_right_size), "not Gaussian"), ("3.1", noisy(alternating), "can be told from that of the call before"),
+    ("3.1", noisy(lambda std, P, g: 2 * std * torch.randn(P, generator=g)), "2·σ·C. That would fit where one record is *replaced*"),
+    ("3.1", noisy(lambda std, P, g: 1.4 * std * torch.randn(P, generator=g)), "is 1.4 times what it must be"),
+    ("3.1", lambda *args: noise.noisy_mean_gradient(*args).half(), "must return float32, got torch.float16"),
+    ("3.1", lambda c, s, C, E, generator: (c.sum(0) + s * C * torch.randn(c.shape[1], generator=generator)) / max(1, len(c)),
+     "you divided by `max(len(clipped), 1)`"),
+    ("3.2", lambda n, q, g: torch.randperm(n, generator=g)[: round(n * q)], "your batches always have the same size"),
+    ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, generator=g) < q).squeeze(), "got torch.int64 of shape ()"),
+    ("3.3", lambda: (ROWS.expand(4, 2), -ROWS[0]), "small, but not small enough"),
+    ("3.3", lambda: (ROWS.expand(50, 2), -ROWS[0]), "hardly moves the mean"),
+    ("3.4", 46.6, "in percent"), ("3.4", 47, "in percent"), ("3.4", 20, "taken as percent: that is the prior"),
+]
+
+
+@pytest.mark.parametrize("id, answer", RIGHT, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_right_answer_of_another_kind_is_right(id, answer):
+    verdict = exercises.check(id, answer)
+    assert verdict.passed is True, verdict
+
+
+@pytest.mark.parametrize("id, answer, sentence", WRONG_SO, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_wrong_answer_of_another_kind_is_told_what_is_wrong_with_it(id, answer, sentence):
+    verdict = exercises.check(id, answer)
+    assert verdict.passed is False and sentence in verdict.message, verdict
+
+
+def test_a_print_in_a_function_that_is_called_thousands_of_times_is_shown_once(capsys):
+    def batch(n, q, generator):
+        print("batch of", n)
+        return torch.nonzero(torch.rand(n, generator=generator) < q).squeeze(1)
+
+    verdict = exercises.check("3.2", batch)
+    assert verdict.passed and verdict.printed == "batch of 100" and capsys.readouterr() == ("", "")

@@ -13,15 +13,56 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dpteach import exercises
-from dpteach.exercises import core
+from dpteach.exercises import core, loop
+from dpteach.mechanism import per_sample_gradients
 
 CODING = [e for e in exercises.every() if callable(e.reference)]
 LIMIT = 0.3  # seconds a call: an endless mutant is common, a slow one that is right is not
 
 # Exercise: what was changed -> why the change is right, too.
-EQUIVALENT: dict[str, dict[str, str]] = {}
+EQUIVALENT: dict[str, dict[str, str]] = {
+    "1.3": {
+        "logits.double() -> logits": "float32 minus float64 is computed in float64",
+        "logits.double() -> logits (again)": "the same, for the other operand",
+        "…er(1, rows).squeeze(1) -> …er(1, rows).squeeze()": "of one record a number stays, and the subtraction makes a row of it",
+    },
+    "3.1": {
+        "summed + noise_multiplier * … -> summed - noise_multiplier * …": "the noise is symmetric",
+    },
+    "3.2": {
+        "…nerator=generator) < sample_rate -> …nerator=generator) <= sample_rate": "a float32 draw equals q with probability 2^-24",
+    },
+}
+
+
+def is_loud(fn) -> bool:
+    """What the text of exercise 1.2 asks for, on the models that its check uses."""
+    for flip, swap in loop.TURNS:
+        model, data = loop.turned(flip, swap)
+        x, y = fn(model, data)
+        x, y = x.float(), torch.as_tensor(y).long()
+        if x.shape != (2,) or x.abs().max() > 2 or y not in (0, 1):
+            return False
+        loudness = [per_sample_gradients(model, F.cross_entropy, *rows).norm(dim=1).max()
+                    for rows in ((data.X, data.y), (x[None], y.reshape(1)))]
+        if loudness[1] < 1.4 * loudness[0]:
+            return False
+    return True
+
+
+def moves_the_mean(fn) -> bool:
+    """What the text of exercise 3.3 asks for."""
+    batch, record = fn()
+    joined = torch.cat([batch, record[None]]).double()
+    moved = (joined.mean(0) - batch.double().mean(0)).norm()
+    return joined.shape[1] == 2 and bool((joined.norm(dim=1) <= 1).all()) and bool(moved >= 0.4999)
+
+
+# Exercises that leave open what to find: there, a mutant passes exactly if it does what the text asks for.
+OPEN = {"1.2": is_loud, "3.3": moves_the_mean}
 
 OPERATORS = {
     ast.Add: [ast.Sub, ast.Mult], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add], ast.Div: [ast.Mult, ast.FloorDiv],
@@ -192,18 +233,22 @@ def first_values(exercise: core.Exercise, tree: ast.Module) -> dict[int, object]
     seen: dict[int, object] = {}
     parameters = {argument.arg for argument in tree.body[0].args.args}
 
+    def once(fn: Callable) -> Callable:
+        calls = iter([fn])
+        return lambda *args: next(calls)(*args)  # the second call raises: the first is all that is wanted
+
     def keep(index, value):
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if index not in seen and (index < 0 or number or isinstance(value, torch.Tensor)):
             seen[index] = copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value)
         return value
 
-    core.examine(exercise, lambda *args: keep(-1, exercise.reference(*args)))
+    core.examine(exercise, once(lambda *args: keep(-1, exercise.reference(*args))))
     for index, node in enumerate(sites(tree)):
         computed = isinstance(node, (ast.BinOp, ast.Call, ast.Subscript, ast.IfExp))
         if (computed or isinstance(node, ast.Name) and node.id in parameters) and not isinstance(getattr(node, "ctx", None), ast.Store):
             kept = Replace(index, lambda n, index=index: ast.Call(ast.Name("_keep", ast.Load()), [ast.Constant(index), n], []))
-            core.examine(exercise, made_of(kept.visit(copy.deepcopy(tree)), exercise.reference, _keep=keep))
+            core.examine(exercise, once(made_of(kept.visit(copy.deepcopy(tree)), exercise.reference, _keep=keep)))
     return seen
 
 
@@ -239,8 +284,10 @@ def mutants(exercise: core.Exercise) -> dict[str, Callable]:
 
 @pytest.mark.parametrize("exercise", CODING, ids=[e.id for e in CODING])
 def test_no_mutant_of_the_reference_answer_passes(exercise, monkeypatch):
-    equivalent, passed = EQUIVALENT.get(exercise.id, {}), []
-    tried = mutants(exercise)
+    tried, passed = mutants(exercise), []
+    equivalent = EQUIVALENT.get(exercise.id, {})
+    if exercise.id in OPEN:
+        equivalent = [what for what, mutant in tried.items() if does(OPEN[exercise.id], mutant)]
     for what, mutant in tried.items():
         monkeypatch.setattr(core, "TIME_LIMIT", 10.0 if what in equivalent else LIMIT)
         if core.examine(exercise, mutant).passed:
@@ -249,3 +296,10 @@ def test_no_mutant_of_the_reference_answer_passes(exercise, monkeypatch):
     print("passed, and may not:", *sorted(set(passed) - set(equivalent)), sep="\n    ")
     assert len(tried) >= 12
     assert sorted(passed) == sorted(equivalent)  # a listed one that does not pass, or is not made, is no exception
+
+
+def does(what_is_asked: Callable, mutant: Callable) -> bool:
+    try:
+        return what_is_asked(mutant)
+    except Exception:  # it returns something else, or raises
+        return False

@@ -122,9 +122,8 @@ _CLIP_ROWS = coding(
         lambda: (_some_gradients(6, 5, seed=0), 2.0),
         lambda: (_some_gradients(4, 30, seed=1), 0.5),
         lambda: (torch.tensor([[0.2, -0.1, 0.2]]), 10.0),
-        lambda: (torch.zeros(0, 4), 1.5),  # a Poisson batch may be empty
         lambda: (torch.tensor([[3.0], [-0.5], [0.0]]), 1.5),
-        lambda: (torch.tensor([[1e-9, 0.0], [1e9, 1e9], [0.0, 3e-9]]), 2e-9),
+        lambda: (torch.tensor([[0.03, 0.0], [1e9, 1e9], [0.0, 0.08]]), 0.05),
         lambda: (_some_gradients(5, 5, seed=4).double(), 3.0),
     ),
     wrong=(
@@ -353,7 +352,6 @@ _CLIP_LAYERS = coding(
         lambda: (_some_gradients(5, 8, seed=3) * torch.tensor([10.0] * 2 + [0.1] * 6), (2, 6), 0.5),
         lambda: (_some_gradients(4, 7, seed=5), [7], 0.8),  # one layer
         lambda: (torch.tensor([[0.0, 0.0, 3.0, 4.0], [0.1, 0.1, 0.0, 0.0]]), [2, 1, 1], 2.0),
-        lambda: (torch.zeros(0, 5), (2, 3), 1.0),
     ),
     wrong=(
         Wrong(_each_layer_to_c,

@@ -113,7 +113,7 @@ def coding(
             over many draws, say). If not given, what ``fn(*args)`` returns is compared.
         traits: for an ``observe`` that returns a dict: the sentence for each key, for an answer that no known wrong
             answer explains. It may use ``{mine}`` and ``{times}``: the learner's number, alone and over the right one.
-        rtol, atol: how close is equal to the reference. Wrong answers are recognised at ``rtol`` 1e-4 at least.
+        rtol, atol: how close is equal. Wrong answers may be less close, up to 1e-4 and 1e-5.
         dtype: the dtype that the exercise asks for, and a sentence why. If not given, any is right that is fine enough.
     """
     observe = observe or _result
@@ -124,10 +124,9 @@ def coding(
 
     known = cache(partial(on_input, observe))  # the answers that come with the exercise, each run once on each input
 
-    def is_like(other: Callable, mine: list) -> bool:
-        loose = max(rtol, 1e-4), max(atol, 1e-5)
+    def is_like(other: Callable, mine: list, *how: Any) -> bool:
         try:
-            return all(_difference(value, known(other, k), *loose) is None for k, value in enumerate(mine))
+            return all(_difference(value, known(other, k), *how) is None for k, value in enumerate(mine))
         except Exception:  # a wrong answer may fail on an input: then the learner's would have failed as well
             return False
 
@@ -149,7 +148,10 @@ def coding(
             return Verdict(False, complaint)
         if problem is None:
             return Verdict(True, praise)
-        return Verdict(False, next((other.message for other in wrong if is_like(other.answer, mine)), problem))
+        how = max(rtol, 1e-4), max(atol, 1e-5)
+        if is_like(reference, mine, *how):  # only its precision is wrong: a wrong answer must be met exactly
+            how = rtol, atol, dtype
+        return Verdict(False, next((other.message for other in wrong if is_like(other.answer, mine, *how)), problem))
 
     return Exercise(id, hint, reference, examine, tuple(wrong), solution)
 

@@ -111,8 +111,12 @@ def _trained():
     return model, data
 
 
-def _mirrored(flip, swap):
-    """The trained model and its data, with both coordinates times ``flip``; ``swap``: with the labels swapped."""
+# How the model of 1.2 is turned: each of the four corners, and each label, is the loudest once.
+TURNS = (((1.0, 1.0), False), ((-1.0, 1.0), True), ((1.0, -1.0), True), ((-1.0, -1.0), False))
+
+
+def turned(flip, swap):
+    """The trained model and its data, with the coordinates times ``flip``; ``swap``: with the labels swapped."""
     model, data = copy.deepcopy(_trained())
     flip = torch.tensor(flip)
     with torch.no_grad():
@@ -187,9 +191,7 @@ shout = coding(
     hint="The gradient is large where the model is sure and wrong, and it grows with the coordinates of the record. "
          "Try the four corners that are allowed. Which label does the model not expect there?",
     reference=loudest_record,
-    # The same model four times, turned round: each of the four corners, and each label, is the loudest once.
-    inputs=[lambda: tuple(_mirrored(*how) for how in (((1.0, 1.0), False), ((-1.0, 1.0), True), ((1.0, -1.0), True),
-                                                      ((-1.0, -1.0), False)))],
+    inputs=[lambda: tuple(turned(*how) for how in TURNS)],
     observe=_on_every_model,
     wrong=[
         Wrong(_far_and_expected,

@@ -146,11 +146,11 @@ _NOISE_TRAITS = {
     "finite": "your result holds NaN or infinity. What does your code do with a batch without rows?",
     "mean": "your noise is not centred at zero, or the sum of the rows is wrong: the mean of result minus sum / expected batch size "
             "is {mine:.2g} standard deviations of the right noise.",
-    "draws": "between two calls your noise hardly changes: in the difference of two updates it is gone. Draw at each call.",
+    "in turn": "the noise of one call can be told from that of the call before: in the sum or difference of two updates it is gone. "
+               "Draw at each call.",
     "coordinates": "the noise is nearly the same in every coordinate: it cancels in the difference of two. Draw one number for each.",
     "pairs": "the noise of one coordinate depends on that of another: in their sum or difference it cancels, wholly or in part, and "
              "the attacker reads what is left. Draw one number for each coordinate.",
-    "in turn": "the noise of one call depends on that of the call before: it cancels in the sum or difference of two updates.",
     "middle": "your noise is not Gaussian, and the accountants compute ε for Gaussian noise. Use `torch.randn`.",
     "spread": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided with it.",
     "repeats": "the noise is right, but the same seed in `generator` does not give it again. Pass `generator=generator` to "
@@ -185,21 +185,22 @@ def _noise_traits(fn: Any, args: tuple) -> Any:
     draws = torch.stack([call() for _ in range(20 if P > 100 else 2000)])
     noise = (draws - clipped.sum(0) / expected_batch_size) * expected_batch_size / (noise_multiplier * max_grad_norm)
     finite = bool(noise.isfinite().all())
-    traits = {"finite": torch.tensor(float(finite)), "spread": noise.std()}
+    traits = {
+        "finite": torch.tensor(float(finite)),
+        "in turn": (noise[1:] * noise[:-1]).mean() / noise.square().mean(),
+        "spread": noise.std(),
+    }
     if P > 100:
         traits |= {
             "mean": noise.mean(),
-            "draws": noise.std(dim=0).mean(),
-            "coordinates": noise.std(dim=1).mean(),
+            "coordinates": noise.std(dim=1).mean() / noise.std(),
             "middle": 3 * ((noise - noise.mean()).abs() <= noise.std() / 2).float().mean(),  # 1.15; Laplace 1.5, uniform 0.9
             "repeats": _repeats(call, generator),
         }
     elif P > 1:
-        together = torch.corrcoef(noise.T) - torch.eye(P)
-        traits |= {
-            "pairs": (together.abs().max() - 0.15).clamp(min=0),  # 0.15 is more than six standard deviations of chance
-            "in turn": (noise[1:] * noise[:-1]).mean() / noise.var(),
-        }
+        together = (torch.corrcoef(noise.T) - torch.eye(P)).flatten()
+        closest = together[together.abs().argmax()]
+        traits["pairs"] = closest - closest.clamp(-0.15, 0.15)  # more than six standard deviations of chance
     return {name: traits[name] if finite or name == "finite" else math.nan for name in _NOISE_TRAITS if name in traits}
 
 
