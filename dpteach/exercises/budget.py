@@ -144,20 +144,22 @@ def accountant_of_2017(*run):
     return _by("rdp-classic", *run)
 
 
-def _seeded(seed, count, draw):
+def seeded(seed, count, draw):
     """``count`` calls' arguments, the same ones each time: nothing that was written for one of them passes them all."""
     numbers = random.Random(seed)
     return [draw(numbers) for _ in range(count)]
 
 
 @functools.cache
-def _load_prv():
+def load_prv():
     epsilon(noise_multiplier=1.0, sample_rate=0.1, steps=1)
 
 
-def _calls(*rows):
+def calls(*rows):
+    """The inputs of an exercise whose arguments are numbers."""
+
     def call(row):
-        _load_prv()  # the first use takes a second or two: not out of the learner's
+        load_prv()  # the first use takes a second or two: not out of the learner's
         return row
 
     return [functools.partial(call, row) for row in rows]
@@ -166,7 +168,7 @@ def _calls(*rows):
 _RUNS = [  # n / batch_size has a fraction above ½, above ½, below ½, none, hardly one; then one batch holds all
     (2000, 256, 5, 1.0, 1e-6), (20_000, 300, 3, 2.0, 1e-7), (1300, 600, 4, 3.0, 1e-5), (1200, 300, 2, 1.5, 1e-4), (1201, 300, 6, 0.8, 1e-5),
     (500, 500, 7, 5.0, 1e-6),
-    *_seeded(41, 3, lambda draw: (draw.randint(500, 9000), draw.randint(50, 400), draw.randint(2, 9), draw.uniform(0.7, 3),
+    *seeded(41, 3, lambda draw: (draw.randint(500, 9000), draw.randint(50, 400), draw.randint(2, 9), draw.uniform(0.7, 3),
                                   10 ** draw.uniform(-7, -4.5))),
 ]
 
@@ -297,7 +299,7 @@ _SMALL_BUDGETS = [  # a search by PRV, the default, must reach its end here with
 ]
 _LARGE_BUDGETS = [
     (2.2, 1100, 512, 6.0, 1e-6), (3.0, 2000, 300, 4.0, 1e-6), (4.0, 1290, 430, 12.0, 1e-5),
-    *_seeded(42, 2, lambda draw: (draw.uniform(1, 2), draw.randint(1000, 3000), draw.randint(200, 500), draw.uniform(3, 6),
+    *seeded(42, 2, lambda draw: (draw.uniform(1, 2), draw.randint(1000, 3000), draw.randint(200, 500), draw.uniform(3, 6),
                                   10 ** draw.uniform(-7, -4.5))),
     (None, 2000, 300, 2.5, 1e-6),
 ]
@@ -306,7 +308,7 @@ _LARGE_BUDGETS = [
 def _in_two_parts(first: Exercise, rows, wrong) -> Exercise:
     """``first``; and, for an answer that is right there, the same on ``rows``, which take other accountants too long."""
     wrong = (*first.wrong, *wrong)
-    then = coding(first.id, hint=first.hint, reference=first.reference, inputs=_calls(*rows), praise="", observe=_to_the_last_digit,
+    then = coding(first.id, hint=first.hint, reference=first.reference, inputs=calls(*rows), praise="", observe=_to_the_last_digit,
                   wrong=[other for other in wrong if other.answer is not budget_by_another_accountant])
 
     def examine(fn: Any) -> Verdict:
@@ -388,7 +390,7 @@ EXERCISES = [
         hint="An epoch is ⌈n / batch_size⌉ steps (`math.ceil`). Opacus' loader, and `train`, use one over that "
              "number as the sampling rate. `epsilon(...)` wants the steps of the whole run.",
         reference=price,
-        inputs=_calls(*_RUNS),
+        inputs=calls(*_RUNS),
         wrong=[
             Wrong(delta_from_batches, "you used δ = 1 / (number of batches). δ is about records, not batches: at "
                                       "such a δ, even a mechanism that publishes a whole record now and then would "
@@ -457,7 +459,7 @@ EXERCISES = [
             hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it if "
                  "that is at most the budget. `epsilon` answers at once.",
             reference=epochs_within,
-            inputs=_calls(*_SMALL_BUDGETS),
+            inputs=calls(*_SMALL_BUDGETS),
             wrong=[
                 Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the dearest, "
                                       "ε grows more slowly than the number of epochs: you leave most of the budget "
