@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,19 @@ from dpteach.models import mlp
 
 # 5.4: a script that only looks private
 
-N, SIGMA, C, EPOCHS, BATCH, DELTA = 650, 1.3, 0.7, 3, 128, 1e-6  # the last of an epoch's six batches is small
+
+class Asked(NamedTuple):
+    """A training that the check asks for. The last batch of an epoch is small."""
+
+    n: int
+    noise_multiplier: float
+    max_grad_norm: float
+    epochs: int
+    batch_size: int
+    target_delta: float
+
+
+ASKED = (Asked(650, 1.3, 0.7, 3, 128, 1e-6), Asked(310, 0.9, 1.6, 2, 100, 1e-4))
 
 
 def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
@@ -352,13 +364,13 @@ def _engine(notes: _Notes) -> type:
 
 def _train(fn: Callable, args: tuple) -> Any:
     """What is wrong with the training or its ε: keys of _SENTENCES."""
-    notes = _Notes()
+    (asked,), notes = args, _Notes()
     engine = _engine(notes)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            spent = fn(engine, *args)
+            spent = fn(engine, mlp(), two_moons(asked.n), *asked[1:])
     except ValueError as error:  # Opacus refuses to step
         refusals = {"cleared": "no zero_grad", "accumulation": "no zero_grad", "not initialized": "no gradient"}
         refusal = next((fault for words, fault in refusals.items() if words in str(error)), None)
@@ -366,7 +378,7 @@ def _train(fn: Callable, args: tuple) -> Any:
             raise
         notes.look()
         causes = {"old optimizer", "other optimizer", "skips empty"}  # another optimizer's zero_grad does not reach Opacus' gradients
-        return [fault for fault in _faults_of_training(notes) if fault in causes] or [refusal]
+        return [fault for fault in _faults_of_training(notes, asked) if fault in causes] or [refusal]
     if unattempted(spent):
         if notes.engines:
             raise Complaint("your function trains, and returns nothing. End it with `return`, and ε.")
@@ -377,10 +389,10 @@ def _train(fn: Callable, args: tuple) -> Any:
     if not notes.made:
         return ["no engine"]
     notes.look()
-    return _faults_of_training(notes) + (_faults_of_number(notes, number) if notes.steps else [])
+    return _faults_of_training(notes, asked) + (_faults_of_number(notes, asked, number) if notes.steps else [])
 
 
-def _faults_of_training(notes: _Notes) -> list[str]:
+def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
     first = notes.made[0]
     poisson = all(args.get("poisson_sampling", True) for args in notes.made)
     old_optimizer = notes.all_steps > notes.steps
@@ -391,12 +403,12 @@ def _faults_of_training(notes: _Notes) -> list[str]:
         "not Poisson": not poisson,
         "old loader": poisson and len(notes.batches) < notes.steps,
         "old criterion": notes.losses < notes.steps,
-        "batch size": first["data_loader"].batch_size not in (BATCH, None),
+        "batch size": first["data_loader"].batch_size not in (asked.batch_size, None),
         "many engines": sum(bool(engine.accountant.history) for engine in notes.engines) > 1,
-        "noise": any(args["noise_multiplier"] != SIGMA for args in notes.made),
-        "norm": any(args["max_grad_norm"] != C for args in notes.made),
+        "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.made),
+        "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.made),
         "skips empty": skipped,
-        "steps": not (skipped or old_optimizer or notes.others) and notes.steps != EPOCHS * len(first["data_loader"]),
+        "steps": not (skipped or old_optimizer or notes.others) and notes.steps != asked.epochs * len(first["data_loader"]),
     }
     return [name for name, there in faults.items() if there]
 
@@ -409,10 +421,10 @@ def _price(engines: list, delta: float, accountant: str) -> float:
     return ledger.epsilon(target_delta=delta, accountant=accountant)
 
 
-def _faults_of_number(notes: _Notes, number: float) -> list[str]:
+def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
     """What is wrong with the ε that was returned, whether an engine has told it or the learner's own call of an accountant."""
     batches = len(notes.made[0]["data_loader"])
-    names = {DELTA: None, 1 / batches: "delta", 1 / N: "delta of records"}
+    names = {asked.target_delta: None, 1 / batches: "delta", 1 / asked.n: "delta of records"}
 
     def close(other: float) -> bool:
         return math.isclose(number, other, rel_tol=1e-4)
@@ -423,7 +435,7 @@ def _faults_of_number(notes: _Notes, number: float) -> list[str]:
     if told is not None:
         return told + ["no bound"] * gdp
     for accountant in ("rdp", "prv", "gdp"):
-        for delta, name in {**names, 1e-5: "other delta"}.items():
+        for delta, name in {1e-5: "other delta", **names}.items():
             if close(_price(notes.engines, delta, accountant)):
                 return [fault for fault in (name, "no bound" if accountant == "gdp" else None) if fault]
     return ["rounded" if any(round(spent, digits) == number for *_, spent in notes.asked for digits in range(4)) else "other number"]
@@ -436,11 +448,12 @@ def _say(*faults: str) -> str:
 def _examine(fn):
     if not callable(fn):
         return Verdict(False, f"the answer must be a function, got {type(fn).__name__}.")
-    faults = observed(_train, fn, (mlp(), two_moons(N), SIGMA, C, EPOCHS, BATCH, DELTA))
-    if unattempted(faults):
-        return not_attempted()
-    if faults:
-        return Verdict(False, _say(*faults))
+    for asked in ASKED:
+        faults = observed(_train, fn, (asked,))
+        if unattempted(faults):
+            return not_attempted()
+        if faults:
+            return Verdict(False, _say(*faults))
     return Verdict(True, "all three objects are the returned ones, one engine has counted every step, and ε is told at the δ "
                          "that was asked for.")
 
