@@ -2,17 +2,19 @@
 
 import functools
 import math
+from contextlib import suppress
 
-import dpteach
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dpteach import epsilon
-from dpteach.exercises import budget, check, federated, flower, opacus
 from opacus.accountants import RDPAccountant
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, TensorDataset
+
+import dpteach
+from dpteach import epsilon
+from dpteach.exercises import budget, check, federated, flower, opacus
 
 # Right, in other ways
 
@@ -140,10 +142,8 @@ def hides_the_error(*args):
     ledger, train_one_round, *rest = args
 
     def quiet():
-        try:
+        with suppress(Exception):
             train_one_round()
-        except Exception:
-            pass
 
     return federated.private_rounds(ledger, quiet, *rest)
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _flat_state(fn: Any, args: tuple) -> Any:
 def _models(seed: int, count: int, *widths: int) -> list[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))) for _ in range(count)]
+        return [nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))) for _ in range(count)]
 
 
 # 6.2: a worker who pays too much

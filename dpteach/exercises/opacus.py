@@ -364,13 +364,14 @@ def _engine(notes: _Notes) -> type:
 
 def _train(fn: Callable, args: tuple) -> Any:
     """What is wrong with the training or its ε: keys of _SENTENCES."""
-    (asked,), notes = args, _Notes()
+    *given, asked = args
+    notes = _Notes()
     engine = _engine(notes)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            spent = fn(engine, mlp(), two_moons(asked.n), *asked[1:])
+            spent = fn(engine, *given, *asked[1:])
     except ValueError as error:  # Opacus refuses to step
         refusals = {"cleared": "no zero_grad", "accumulation": "no zero_grad", "not initialized": "no gradient"}
         refusal = next((fault for words, fault in refusals.items() if words in str(error)), None)
@@ -449,7 +450,7 @@ def _examine(fn):
     if not callable(fn):
         return Verdict(False, f"the answer must be a function, got {type(fn).__name__}.")
     for asked in ASKED:
-        faults = observed(_train, fn, (asked,))
+        faults = observed(_train, fn, (mlp(), two_moons(asked.n), asked))
         if unattempted(faults):
             return not_attempted()
         if faults:
