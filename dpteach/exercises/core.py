@@ -18,7 +18,6 @@ import reprlib
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ import torch
 TIME_LIMIT = 2.0  # seconds for one call of the learner's function
 EXAMINATION_LIMIT = 60.0  # seconds for all calls together
 
+_TICK = 0.05  # seconds; short, since on Windows an interrupt waits for the end of one
 _UNATTEMPTED = (None, ..., NotImplemented)
 
 
@@ -218,6 +218,8 @@ def examine(exercise: Exercise, answer: Any) -> Verdict:
     """The verdict on ``answer``, whatever it does: raise, exit, print, never end."""
     if unattempted(answer):
         return not_attempted()
+    if threading.current_thread().name == _Examination.THREAD:
+        return Verdict(False, "call `check` in a cell of its own, not in your function.")
     with _ONE_AT_A_TIME:
         examination = _Examination()
         verdict = examination.run(exercise, answer)
@@ -291,22 +293,25 @@ class _Examination:
     keeps the interpreter's lock, as ``10**10**9`` does.)
     """
 
+    THREAD = "dpteach-check"
+
     def __init__(self) -> None:
         self.printed = ""
-        self._call: float | None = None  # when the running call of the learner's function began
+        self._calls = 0  # of the learner's function
+        self._inside = False  # one of them is running
+        self._waited = self._waited_for_call = self._watched_call = 0
         self._heard = False  # a call that printed something is over
         self._verdict = Verdict(False, "")
         self._done = threading.Event()
 
     def run(self, exercise: Exercise, answer: Any) -> Verdict:
-        thread = threading.Thread(target=self._examine, args=(exercise, answer), name="dpteach-check", daemon=True)
-        began = time.monotonic()
+        thread = threading.Thread(target=self._examine, args=(exercise, answer), name=self.THREAD, daemon=True)
         late = ""
         with redirect_stdout(_Prints(self, thread, sys.stdout)), redirect_stderr(_Prints(self, thread, sys.stderr)):
             try:
                 thread.start()
-                while not late and not self._done.wait(0.05):  # short: on Windows, an interrupt waits for its end
-                    late = self._late(began)
+                while not late and not self._done.wait(_TICK):
+                    late = self._late()
             except KeyboardInterrupt:
                 late = "you stopped the check before it was over."
             if late:
@@ -336,20 +341,25 @@ class _Examination:
     def _timed(self, fn: Callable) -> Callable:
         @functools.wraps(fn)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._call = time.monotonic()
+            self._calls += 1
+            self._inside = True
             try:
                 return fn(*args, **kwargs)
             finally:
-                self._call = None
+                self._inside = False
                 self._heard = bool(self.printed)
 
         return timed
 
-    def _late(self, began: float) -> str:
-        now, call = time.monotonic(), self._call
-        if call is not None and now - call > TIME_LIMIT:
+    def _late(self) -> str:
+        # Counted in ticks: where the machine is too busy for this loop, the learner's function does not get on either.
+        self._waited += 1
+        if self._calls != self._watched_call or not self._inside:
+            self._watched_call, self._waited_for_call = self._calls, 0
+        self._waited_for_call += 1
+        if self._waited_for_call * _TICK > TIME_LIMIT:
             return f"your function did not finish within {TIME_LIMIT:g} seconds: does its loop end?"
-        if now - began > EXAMINATION_LIMIT:
+        if self._waited * _TICK > EXAMINATION_LIMIT:
             return f"the check was not over after {EXAMINATION_LIMIT:g} seconds. It calls your function many times: each must be quick."
         return ""
 
@@ -357,12 +367,12 @@ class _Examination:
         for _ in range(20):  # again and again: `except:` in a loop takes the first ones
             # SystemExit is the one exception that a thread may die of without a traceback.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-            thread.join(0.05)
+            thread.join(_TICK)
             if not thread.is_alive():
                 return
 
     def print(self, text: str) -> None:
-        if self._call is not None and not self._heard:
+        if self._inside and not self._heard:
             self.printed = (self.printed + text)[-4000:]
 
 
@@ -420,7 +430,7 @@ def _known_random_numbers() -> Iterator[None]:
     """
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace of each call for each kind of device
         np.random.seed(0)
         random.seed(0)
         yield
