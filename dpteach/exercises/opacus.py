@@ -1,4 +1,4 @@
-"""Notebook 05: what ε depends on, the noise for a budget, a divisor that tells, and a script that only looks private."""
+"""Notebook 05: what ε depends on, the noise for a budget, a divisor that tells, a script that only looks private."""
 
 import math
 import warnings
@@ -172,12 +172,13 @@ def without_engine(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, 
 def _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="prv", **others):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine(accountant=accountant)
-    return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=noise_multiplier,
-                                        max_grad_norm=max_grad_norm, **others)
+    return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
+                                        noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **others)
 
 
 def not_poisson(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, poisson_sampling=False)
+    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size,
+                                poisson_sampling=False)
     for _ in range(epochs):
         _epoch(*private)
     return engine.get_epsilon(delta=target_delta)
@@ -211,14 +212,15 @@ def norm_of_one(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epo
     return train_private(PrivacyEngine, model, data, noise_multiplier, 1.0, epochs, batch_size, target_delta)
 
 
-def accountant_that_is_no_bound(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="gdp")
+def by_no_bound(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size,
+                                accountant="gdp")
     for _ in range(epochs):
         _epoch(*private)
     return engine.get_epsilon(delta=target_delta)
 
 
-def new_optimizer_afterwards(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+def new_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     engine, model, _, loader = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(epochs):
@@ -236,8 +238,9 @@ def clears_too_late(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
     return engine.get_epsilon(delta=target_delta)
 
 
-def batches_of_another_size(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, 2 * batch_size, target_delta)
+def other_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+    batch_size *= 2
+    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta)
 
 
 def rounds_the_answer(*args):
@@ -245,38 +248,44 @@ def rounds_the_answer(*args):
 
 
 _SENTENCES = {
-    "no engine": "no make_private was called: the loop trains without clipping and without noise, whatever ε it returns.",
-    "old optimizer": "you step the optimizer that you had before make_private. It neither clips nor adds noise, and the "
-                     "engine counts none of its steps. Step the one that make_private returned.",
-    "other optimizer": "something moves the weights beside the private steps: a new optimizer, or your own update. It neither clips nor "
-                       "adds noise, and the engine counts none of it. Step the optimizer that make_private returned, and nothing else.",
-    "not Poisson": "with poisson_sampling=False the loader shuffles and takes every record once. The ε that is printed is for Poisson "
-                   "batches: it does not hold for yours. Leave the argument out.",
-    "old loader": "you train on the loader that you had before make_private. Its batches are not Poisson batches, so the ε "
-                  "that is printed does not hold. Loop over the one that make_private returned.",
-    "old criterion": "ghost clipping happens in the criterion that make_private returned. With another one, nothing is clipped.",
+    "no engine": "no make_private was called: the loop trains without clipping and without noise, whatever ε it "
+                 "returns.",
+    "old optimizer": "you step the optimizer that you had before make_private. It neither clips nor adds noise, and "
+                     "the engine counts none of its steps. Step the one that make_private returned.",
+    "other optimizer": "something moves the weights beside the private steps: a new optimizer, or your own update. It "
+                       "neither clips nor adds noise, and the engine counts none of it. Step the optimizer that "
+                       "make_private returned, and nothing else.",
+    "not Poisson": "with poisson_sampling=False the loader shuffles and takes every record once. The ε that is "
+                   "printed is for Poisson batches: it does not hold for yours. Leave the argument out.",
+    "old loader": "you train on the loader that you had before make_private. Its batches are not Poisson batches, so "
+                  "the ε that is printed does not hold. Loop over the one that make_private returned.",
+    "old criterion": "ghost clipping happens in the criterion that make_private returned. With another one, nothing "
+                     "is clipped.",
     "batch size": "your loader has not the batch_size of your function: it samples at another rate, at another price.",
-    "many engines": "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch only. "
-                    "Make one engine before the loop, and call make_private once.",
-    "no zero_grad": "you do not clear the gradients between two steps. What an older batch left behind would count again: "
-                    "Opacus refuses to step. Call optimizer.zero_grad() in each step.",
-    "no gradient": "you step without gradients: zero_grad() has cleared them before step(), or backward() is missing. The order is "
-                   "zero_grad, backward, step.",
+    "many engines": "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch "
+                    "only. Make one engine before the loop, and call make_private once.",
+    "no zero_grad": "you do not clear the gradients between two steps. What an older batch left behind would count "
+                    "again: Opacus refuses to step. Call optimizer.zero_grad() in each step.",
+    "no gradient": "you step without gradients: zero_grad() has cleared them before step(), or backward() is missing. "
+                   "The order is zero_grad, backward, step.",
     "noise": "make_private got another noise_multiplier than your function. The noise multiplier is σ alone: "
              "Opacus multiplies it by C itself.",
     "norm": "make_private got another max_grad_norm than your function.",
-    "skips empty": "you skip the batches without records. A step that takes nobody must add its noise too: else whoever counts the steps "
-                   "sees that the batch was empty, and the engine has counted a step too few.",
+    "skips empty": "you skip the batches without records. A step that takes nobody must add its noise too: else "
+                   "whoever counts the steps sees that the batch was empty, and the engine has counted a step too few.",
     "steps": "your function does not train for all of its epochs: the number of private steps is not epochs times the "
              "number of batches.",
-    "delta": "you ask for ε at another δ than target_delta. One over the number of *batches* is far above one over the number "
-             "of records; at such a δ, ε looks small and promises little.",
-    "delta of records": "you ask for ε at δ = 1/n. A mechanism that publishes one random record outright has exactly that δ. Ask at "
-                        "target_delta.",
-    "other delta": "you ask for ε at a δ of your own. A number that is told at one δ says nothing at another: ask at target_delta.",
+    "delta": "you ask for ε at another δ than target_delta. One over the number of *batches* is far above one over "
+             "the number of records; at such a δ, ε looks small and promises little.",
+    "delta of records": "you ask for ε at δ = 1/n. A mechanism that publishes one random record outright has exactly "
+                        "that δ. Ask at target_delta.",
+    "other delta": "you ask for ε at a δ of your own. A number that is told at one δ says nothing at another: ask at "
+                   "target_delta.",
     "early": "you ask for ε before the training is over. The steps that follow cost too: ask after the last one.",
-    "no bound": "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine use its default.",
-    "rounded": "you round ε. Rounded down, it promises more than was kept: return the number as it is, and round when you print.",
+    "no bound": "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine "
+                "use its default.",
+    "rounded": "you round ε. Rounded down, it promises more than was kept: return the number as it is, and round when "
+               "you print.",
     "other number": "the number that you return is not the ε of this training, whether by PRV or by RDP.",
 }
 
@@ -356,8 +365,9 @@ def _engine(notes: _Notes) -> type:
                 notes.weights = {w: w.detach().clone() for w in model.parameters()}
             notes.made.append(args)
             if args.get("poisson_sampling", True):
-                loader = DataLoader(loader.dataset, batch_sampler=Batches(loader.batch_sampler), collate_fn=loader.collate_fn)
-            return model, optimizer, *map(notes.heard, criterion), loader  # there is a criterion with ghost clipping only
+                batches = Batches(loader.batch_sampler)
+                loader = DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
+            return model, optimizer, *map(notes.heard, criterion), loader  # a criterion with ghost clipping only
 
     return Recording
 
@@ -368,9 +378,8 @@ def _train(fn: Callable, args: tuple) -> Any:
     notes = _Notes()
     engine = _engine(notes)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
             spent = fn(engine, *given, *asked[1:])
     except ValueError as error:  # Opacus refuses to step
         refusals = {"cleared": "no zero_grad", "accumulation": "no zero_grad", "not initialized": "no gradient"}
@@ -378,7 +387,8 @@ def _train(fn: Callable, args: tuple) -> Any:
         if refusal is None or not notes.made:
             raise
         notes.look()
-        causes = {"old optimizer", "other optimizer", "skips empty"}  # another optimizer's zero_grad does not reach Opacus' gradients
+        # The zero_grad of another optimizer does not reach Opacus' own gradients.
+        causes = {"old optimizer", "other optimizer", "skips empty"}
         return [fault for fault in _faults_of_training(notes, asked) if fault in causes] or [refusal]
     if unattempted(spent):
         if notes.engines:
@@ -409,7 +419,8 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
         "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.made),
         "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.made),
         "skips empty": skipped,
-        "steps": not (skipped or old_optimizer or notes.others) and notes.steps != asked.epochs * len(first["data_loader"]),
+        "steps": not (skipped or old_optimizer or notes.others)
+                 and notes.steps != asked.epochs * len(first["data_loader"]),
     }
     return [name for name, there in faults.items() if there]
 
@@ -423,14 +434,15 @@ def _price(engines: list, delta: float, accountant: str) -> float:
 
 
 def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
-    """What is wrong with the ε that was returned, whether an engine has told it or the learner's own call of an accountant."""
+    """What is wrong with the ε that was returned, by an engine or by the learner's own call of an accountant."""
     batches = len(notes.made[0]["data_loader"])
     names = {asked.target_delta: None, 1 / batches: "delta", 1 / asked.n: "delta of records"}
 
     def close(other: float) -> bool:
         return math.isclose(number, other, rel_tol=1e-4)
 
-    told = [(names.get(delta, "other delta"), "early" if steps < notes.steps else None) for delta, steps, spent in notes.asked if close(spent)]
+    told = [(names.get(delta, "other delta"), "early" if steps < notes.steps else None)
+            for delta, steps, spent in notes.asked if close(spent)]
     told = min(([fault for fault in faults if fault] for faults in told), key=len, default=None)
     gdp = any(engine.accountant.mechanism() == "gdp" for engine in notes.engines)
     if told is not None:
@@ -439,7 +451,8 @@ def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
         for delta, name in {1e-5: "other delta", **names}.items():
             if close(_price(notes.engines, delta, accountant)):
                 return [fault for fault in (name, "no bound" if accountant == "gdp" else None) if fault]
-    return ["rounded" if any(round(spent, digits) == number for *_, spent in notes.asked for digits in range(4)) else "other number"]
+    rounded = any(round(spent, digits) == number for *_, spent in notes.asked for digits in range(4))
+    return ["rounded" if rounded else "other number"]
 
 
 def _say(*faults: str) -> str:
@@ -450,24 +463,33 @@ def _examine(fn):
     if not callable(fn):
         return Verdict(False, f"the answer must be a function, got {type(fn).__name__}.")
     for asked in ASKED:
-        faults = observed(_train, fn, (mlp(), two_moons(asked.n), asked))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            faults = observed(_train, fn, (mlp(), two_moons(asked.n), asked))
         if unattempted(faults):
             return not_attempted()
         if faults:
             return Verdict(False, _say(*faults))
-    return Verdict(True, "all three objects are the returned ones, one engine has counted every step, and ε is told at the δ "
-                         "that was asked for.")
+    return Verdict(True, "all three objects are the returned ones, one engine has counted every step, and ε is told "
+                         "at the δ that was asked for.")
 
 
 # 5.3: the divisor tells how many records there are
 
 _NOT_TWO = "the answer must be a pair of whole numbers below a billion, (n, batch_size)."
-_TOO_SMALL = "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the effect."
+_TOO_SMALL = (
+    "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the "
+    "effect."
+)
 _TOO_LARGE = "the batch can't be larger than the data: batch_size must be at most n."
-_NO_NEW_BATCH = "n + 1 records make as many batches as n records here, so the divisor hardly changes. Find an n for which the next record " \
-                "needs a batch of its own."
-_NOT_HALF = "the next record adds a batch, and the divisor falls. But it does not fall to half: from two batches to three, say, it falls by a " \
-            "third. Take fewer batches."
+_NO_NEW_BATCH = (
+    "n + 1 records make as many batches as n records here, so the divisor hardly changes. Find an n for "
+    "which the next record needs a batch of its own."
+)
+_NOT_HALF = (
+    "the next record adds a batch, and the divisor falls. But it does not fall to half: from two batches to "
+    "three, say, it falls by a third. Take fewer batches."
+)
 
 
 def divisor(n, batch_size):
@@ -496,50 +518,63 @@ def _examine_divisor(answer):
 EXERCISES = [
     choose(
         "5.1",
-        hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for the model to matter?",
+        hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for "
+             "the model to matter?",
         answer="c",
         wrong=[
-            Wrong("a", "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the big model has a norm "
-                       "of at most C per record, like that of the small one: one vector, however many numbers it has."),
-            Wrong("b", "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow with the number of weights. "
-                       "That costs accuracy. But your record still moves the vector by at most C, in one direction, and σ hides this move."),
-            Wrong("d", "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst case, over all models and "
-                       "all attacks: it does not look at the model, so it can't be lower for one of them."),
+            Wrong("a", "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the "
+                       "big model has a norm of at most C per record, like that of the small one: one vector, "
+                       "however many numbers it has."),
+            Wrong("b", "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow "
+                       "with the number of weights. That costs accuracy. But your record still moves the vector by "
+                       "at most C, in one direction, and σ hides this move."),
+            Wrong("d", "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst "
+                       "case, over all models and all attacks: it does not look at the model, so it can't be lower "
+                       "for one of them."),
         ],
-        praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, whatever the model, "
-               "so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, and nothing else.",
-        solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed from. The model decides "
-                 "how well the *same* ε lets you learn.",
+        praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, "
+               "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, "
+               "and nothing else.",
+        solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed "
+                 "from. The model decides how well the *same* ε lets you learn.",
     ),
     value(
         "5.2",
-        hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / ⌈n / batch_size⌉ "
-             "and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print `optimizer.noise_multiplier`.",
+        hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / "
+             "⌈n / batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
+             "`optimizer.noise_multiplier`.",
         answer=0.997,
         wrong=[
-            Wrong(1.048, "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you need. PRV, "
-                         "PrivacyEngine's default, is content with less."),
+            Wrong(1.048, "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you "
+                         "need. PRV, PrivacyEngine's default, is content with less."),
             Wrong(0.671, "this σ is right for one epoch. The budget is for the whole run: 20 epochs of 79 steps."),
-            Wrong(0.617, "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and each of them costs."),
-            Wrong(0.721, "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to be enough. "
-                         "The task asks for δ = 1e-5."),
-            Wrong(0.449, "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability 1 / 79 here."),
-            Wrong(0.946, "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. Take PRV, at δ = 1e-5."),
+            Wrong(0.617, "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and "
+                         "each of them costs."),
+            Wrong(0.721, "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to "
+                         "be enough. The task asks for δ = 1e-5."),
+            Wrong(0.449, "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability "
+                         "1 / 79 here."),
+            Wrong(0.946, "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. "
+                         "Take PRV, at δ = 1e-5."),
             Wrong(1.139, "this σ keeps the budget, but by RDP with the conversion of 2017: more noise than you need."),
-            Wrong(0.655, "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: one over the number of batches."),
-            Wrong(0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = 1/79."),
-            Wrong(2.808, "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask for all 20 · 79 steps at once."),
+            Wrong(0.655, "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: "
+                         "one over the number of batches."),
+            Wrong(0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = "
+                         "1/79."),
+            Wrong(2.808, "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask "
+                         "for all 20 · 79 steps at once."),
             Wrong(11.202, "you counted a step for each record. A step takes a whole batch: an epoch has 79."),
-            Wrong(59.378, "you charged every step as if it used all the records (q = 1). Sampling makes a step much cheaper: q = 1/79."),
+            Wrong(59.378, "you charged every step as if it used all the records (q = 1). Sampling makes a step much "
+                          "cheaper: q = 1/79."),
         ],
         praise="σ is about 1.00: the talk's noise multiplier, at twice its epochs, costs ε = 3.",
-        solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. `make_private_with_epsilon` "
-                 "stops its search a little earlier and takes nearly the same.",
+        solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. "
+                 "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
     ),
     Exercise(
         "5.3",
-        hint="The number of batches is ⌈n / batch_size⌉. For which n does one record more add a batch? And where does one batch more matter "
-             "most: where there are many, or few?",
+        hint="The number of batches is ⌈n / batch_size⌉. For which n does one record more add a batch? And where does "
+             "one batch more matter most: where there are many, or few?",
         reference=(256, 256),
         examine=_examine_divisor,
         wrong=(
@@ -549,13 +584,13 @@ EXERCISES = [
             Wrong((256, 512), _TOO_LARGE),
             Wrong(256, _NOT_TWO),
         ),
-        solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by 128: the step is twice as "
-                 "long because one record joined. Any n = batch_size does it.",
+        solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by "
+                 "128: the step is twice as long because one record joined. Any n = batch_size does it.",
     ),
     Exercise(
         "5.4",
-        hint="Three lines are at fault: one stands inside the loop and should stand before it, one uses an object that was replaced, one asks "
-             "at the wrong δ.",
+        hint="Three lines are at fault: one stands inside the loop and should stand before it, one uses an object "
+             "that was replaced, one asks at the wrong δ.",
         reference=train_private,
         examine=_examine,
         wrong=(
@@ -574,10 +609,10 @@ EXERCISES = [
             Wrong(delta_left_alone, _say("other delta")),
             Wrong(one_epoch_only, _say("steps")),
             Wrong(norm_of_one, _say("norm")),
-            Wrong(accountant_that_is_no_bound, _say("no bound")),
-            Wrong(new_optimizer_afterwards, _say("other optimizer")),
+            Wrong(by_no_bound, _say("no bound")),
+            Wrong(new_optimizer, _say("other optimizer")),
             Wrong(clears_too_late, _say("no gradient")),
-            Wrong(batches_of_another_size, _say("batch size")),
+            Wrong(other_batches, _say("batch size")),
             Wrong(rounds_the_answer, _say("rounded")),
         ),
     ),
