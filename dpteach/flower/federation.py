@@ -15,12 +15,15 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 from dpteach._checks import number, whole
 from dpteach.accounting import Ledger
-from dpteach.flower import APP, MISSING, installed
-from dpteach.flower.keeper import VARIABLE, end
+from dpteach.flower import APP, MISSING, door, installed
+from dpteach.flower.keeper import VARIABLE, end, marked
 
 _POLL = 0.1  # seconds between two looks at the processes
 _OWN = ("link", "run", "command")  # names of processes that are no nodes
@@ -96,7 +99,7 @@ class _Local:
 
     def __enter__(self):
         self._mark = uuid.uuid4().hex
-        self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))
+        self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))  # for the owner's eyes only (0700)
         self._keeper = subprocess.Popen(
             [sys.executable, "-m", "dpteach.flower.keeper", self._mark, str(self._home)],
             stdin=subprocess.PIPE, start_new_session=True,
@@ -128,33 +131,54 @@ class _Local:
         raise NotImplementedError
 
     def _start_link(self, *options: str) -> None:
+        door.make(self._home)
         self._port = _free_port()
-        self._spawn("link", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self._port),
+        self._spawn("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self._port), *self._tls(),
                     "--disable-runtime-dependency-installation", *options)
         (self._home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
+            f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n"
         )
         self._wait_for(lambda: _answers(self._port), "the SuperLink did not start")
+
+    def _tls(self) -> list[str]:
+        certificate, key = (str(self._home / name) for name in (door.CERTIFICATE, door.KEY))
+        return ["--ssl-ca-certfile", certificate, "--ssl-certfile", certificate, "--ssl-keyfile", key]
+
+    def _check_doors(self) -> None:
+        for process in marked(self._mark):
+            for port in _listening(process):
+                if door.answers_strangers(port):
+                    raise RuntimeError(
+                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever has an "
+                        f"account on this machine could run programs as you. Flower {version('flwr')} has changed; 1.41 and 1.42 do not."
+                    )
 
     def _spawn(self, name: str, command: str, *options: str) -> None:
         with (self._home / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [_script(command), *options], env=self._environment(name), cwd=self._home, stdin=subprocess.DEVNULL,
+                [self._command(command), *options], env=self._environment(name), cwd=self._home, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True,
             )
 
     def _environment(self, name: str) -> dict[str, str]:
-        scripts = sysconfig.get_path("scripts")  # a SuperLink starts its helpers by name
+        scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"  # a SuperLink starts its helpers by name
         return {
             **os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1",
-            VARIABLE: f"{self._mark}/{name}",
+            door.VARIABLE: str(self._home), VARIABLE: f"{self._mark}/{name}",
         }
+
+    def _command(self, name: str) -> str:
+        found = self._home / door.COMMANDS / name
+        if not found.exists():
+            raise RuntimeError(f"{name} was not found. {MISSING}")
+        return str(found)
 
     def _flwr(self, *arguments: str) -> dict | None:
         """The JSON answer of a ``flwr`` command; None where it fails."""
         try:
-            made = subprocess.run([_script("flwr"), *arguments], env=self._environment("command"), cwd=self._home,
+            made = subprocess.run([self._command("flwr"), *arguments], env=self._environment("command"), cwd=self._home,
                                   stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
             return json.loads(made.stdout) if made.returncode == 0 else None
         except (subprocess.TimeoutExpired, ValueError):
@@ -321,7 +345,7 @@ class Federation(_Local):
         self._wait_online()
 
     def _start(self) -> None:
-        self._start_link()
+        self._start_link("--enable-supernode-auth")
         for name in self.nodes:
             self._start_node(name)
         self._wait_online()
@@ -333,11 +357,17 @@ class Federation(_Local):
             "noise-multiplier": float(node.noise_multiplier), "max-grad-norm": float(node.max_grad_norm),
             "target-delta": float(node.target_delta), "ledger": str(self.ledger(name).path),
         }
-        self._spawn(name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self._port}", "--host", "127.0.0.1",
-                    "--port", str(_free_port()), "--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()))
+        key = self._home / f"{uuid.uuid4().hex}.key"  # one a start: for about a minute the old one would count as online
+        if self._flwr("supernode", "register", str(door.make_node_key(key)), "--format", "json") is None:
+            raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words()}")
+        self._spawn(name, "flower-supernode", "--superlink", f"127.0.0.1:{self._port}", "--host", "127.0.0.1",
+                    "--port", str(_free_port()), "--root-certificates", str(self._home / door.CERTIFICATE), *self._tls(),
+                    "--auth-supernode-private-key", str(key),
+                    "--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()))
 
     def _wait_online(self) -> None:
         self._wait_for(lambda: all(map(self._id, self.nodes)), f"the nodes {', '.join(self.nodes)} were not online")
+        self._check_doors()
 
     def _id(self, name: str) -> str | None:
         """The number under which the SuperLink knows the node: a new one after each start. None before it is online.
@@ -408,13 +438,15 @@ class Simulation(_Local):
 
     def _start(self) -> None:
         self._start_link("--simulation")
+        self._check_doors()
 
 
-def _script(name: str) -> str:
-    found = shutil.which(name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        raise RuntimeError(f"{name} was not found. {MISSING}")
-    return found
+def _listening(process: psutil.Process) -> list[int]:
+    try:
+        connections = getattr(process, "net_connections", None) or process.connections  # psutil 6, 5
+        return [c.laddr.port for c in connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:  # it has just ended
+        return []
 
 
 def _answers(port: int) -> bool:
