@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import time
 import uuid
@@ -27,8 +30,8 @@ if not installed():
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
-from dpteach.flower import Federation, Node, client_app, keeper, server_app
-from dpteach.flower.federation import _answers, _free_port
+from dpteach.flower import Federation, Node, client_app, door, keeper, server_app
+from dpteach.flower.federation import _answers, _free_port, _listening
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -276,7 +279,161 @@ def test_a_kill_that_is_not_over_does_not_reach_the_node_that_is_started_next(tm
         federation._processes["alice"].wait(10)
 
 
+# Somebody else on the same machine
+
+NOBODY = 65534
+EVIL = """
+import os
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+node = ClientApp()
+
+@app.main()
+def main(grid, context):
+    Path(context.run_config["mark"]).write_text(str(os.getuid()))
+"""
+EVIL_PROJECT = """
+[project]
+name = "evil"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "eve"
+[tool.flwr.app.components]
+serverapp = "evil:app"
+clientapp = "evil:node"
+[tool.flwr.app.config]
+mark = ""
+"""
+
+
+class Stranger:
+    """Another account on this machine, with Flower's commands and whatever the ports tell everybody.
+
+    Where only root can read this Python, it may read files as root can, and no more.
+    """
+
+    BECOME = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    READ = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search"]
+
+    def __init__(self, home):
+        self.home, self.mark, self.opened, self.become = home, home / "mark", [], self.BECOME
+        (home / "evil").mkdir()
+        (home / "evil" / "evil.py").write_text(EVIL)
+        (home / "evil" / "pyproject.toml").write_text(EVIL_PROJECT)
+        door.make_node_key(home / "own.key")
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+
+    def start(self, *command):
+        """One of the commands as the other user; its output goes to ``said``."""
+        environment = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}", "FLWR_HOME": str(self.home), "HOME": str(self.home),
+                       "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+        log = (self.home / f"{len(self.opened)}.log").open("w+")
+        process = subprocess.Popen([*self.become, *command], cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=log, start_new_session=True)
+        process.said = lambda: Path(log.name).read_text(errors="replace")
+        self.opened.append(process)
+        return process
+
+    def succeeds(self, *command):
+        return self.start(*command).wait(90) == 0
+
+    def flwr(self, port, how):
+        """What these commands come to: list, register a key, and run an own program; and the uid that ran it, if any."""
+        self.mark.unlink(missing_ok=True)
+        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "x"\n[superlink.x]\naddress = "127.0.0.1:{port}"\n{how}\n')
+        came = [self.succeeds("flwr", "list"), self.succeeds("flwr", "supernode", "register", "own.pub"),
+                self.succeeds("flwr", "run", "evil", "-c", f'mark="{self.mark}"')]
+        deadline = time.monotonic() + (60 if came[-1] else 3)
+        while not self.mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return (*came, self.mark.read_text() if self.mark.exists() else None)
+
+    def join(self, port, *how):
+        return self.start("flower-supernode", "--superlink", f"127.0.0.1:{port}", "--port", str(_free_port()), *how)
+
+    def close(self):
+        for process in self.opened:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+
+
+@pytest.fixture
+def stranger():
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can become somebody else, with setpriv")
+    with tempfile.TemporaryDirectory() as home:
+        stranger = Stranger(Path(home))
+        can = (sys.executable, "-c", "import os, subprocess as s, dpteach; "
+               f"assert os.getuid() == {NOBODY} and s.run(['flower-superlink', '--version']).returncode == 0")
+        if not stranger.succeeds(*can):
+            stranger.become = [*stranger.BECOME, *stranger.READ]
+        assert stranger.succeeds(*can), stranger.opened[-1].said()
+        yield stranger
+        stranger.close()
+
+
+def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
+    environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}", "FLWR_HOME": str(stranger.home / "link"),
+                   "FLWR_TELEMETRY_ENABLED": "0", keeper.VARIABLE: (mark := uuid.uuid4().hex)}
+    subprocess.Popen(["flower-superlink", "--insecure", "--port", str(open_port := _free_port()), "--disable-runtime-dependency-installation"],
+                     env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with Federation([Node(name, sigma) for name, sigma in SIGMAS.items()], start_timeout=180) as federation:
+            run = federation.rounds(2, timeout=180, records=RECORDS)
+            next(run)
+            ports = sorted({port for process in keeper.marked(federation._mark) for port in _listening(process)})
+            assert len(ports) == 1 + len(SIGMAS) and federation._port in ports
+            (stranger.home / "seen.crt").write_text(ssl.get_server_certificate(("127.0.0.1", federation._port)))
+            trusting = f'root-certificates = "{stranger.home}/seen.crt"'  # what the port shows to everybody
+            joins = [stranger.join(federation._port, "--root-certificates", "seen.crt", "--auth-supernode-private-key", "own.key"),
+                     stranger.join(federation._port, "--insecure")]
+            for port in ports:  # no answer at all: so a token that is read in somebody's command line opens nothing
+                look = f"from dpteach.flower.door import answers_strangers as a; assert a({open_port}) and not a({port})"
+                assert stranger.succeeds(sys.executable, "-c", look)
+            assert stranger.flwr(federation._port, trusting) == (False, False, False, None)
+            # The same attempts succeed where nothing is closed: as root.
+            assert stranger.flwr(open_port, "insecure = true") == (True, True, True, "0")
+            joined = stranger.join(open_port, "--insecure")
+            wait_until(lambda: "SuperNode ID" in joined.said() or joined.poll() is not None)
+            assert "SuperNode ID" in joined.said(), joined.said()
+            assert all("SuperNode ID" not in join.said() for join in joins)
+            # The key of the doors can't be read by others, whoever sees the folder's name.
+            assert stranger.start(*stranger.BECOME, "cat", str(federation._home / door.KEY)).wait(10) != 0
+            # And the owner's own commands succeed.
+            assert [made.round for made in run] == [2]
+            assert len(federation._flwr("list", "--format", "json")["runs"]) == 1
+            nodes = federation._flwr("supernode", "list", "--format", "json")["nodes"]
+            assert [node["status"] for node in nodes] == ["online"] * len(SIGMAS)
+    finally:
+        keeper.end(mark)
+
+
+def test_a_port_that_answers_everybody_ends_the_federation(monkeypatch):
+    monkeypatch.setattr(Federation, "_environment", lambda self, name, whole=Federation._environment: {
+        **whole(self, name), "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"})
+    monkeypatch.setattr(Federation, "_command", lambda self, name: name)
+    federation = Federation([Node("alice"), Node("bob")], start_timeout=180)
+    with pytest.raises(RuntimeError, match="answers people who have no certificate"), federation:
+        pass
+    assert gone(federation._mark, federation._home, federation._port, within=5)
+
+
 # Nothing is left
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def gone(mark, home, port, *, within=30):

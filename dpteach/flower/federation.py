@@ -140,6 +140,7 @@ class _Local:
             f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n"
         )
         self._wait_for(lambda: _answers(self._port), "the SuperLink did not start")
+        self._check_doors()
 
     def _tls(self) -> list[str]:
         certificate, key = (str(self._home / name) for name in (door.CERTIFICATE, door.KEY))
@@ -150,8 +151,8 @@ class _Local:
             for port in _listening(process):
                 if door.answers_strangers(port):
                     raise RuntimeError(
-                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever has an "
-                        f"account on this machine could run programs as you. Flower {version('flwr')} has changed; 1.41 and 1.42 do not."
+                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever has an account "
+                        f"on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 and 1.42, which can be closed."
                     )
 
     def _spawn(self, name: str, command: str, *options: str) -> None:
@@ -438,7 +439,6 @@ class Simulation(_Local):
 
     def _start(self) -> None:
         self._start_link("--simulation")
-        self._check_doors()
 
 
 def _listening(process: psutil.Process) -> list[int]:
