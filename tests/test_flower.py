@@ -1,6 +1,7 @@
 """The Flower app: what a client charges and tells, what the server keeps apart, and a federation that leaves no trace."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -38,9 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS = 300, 3  # batches of 128: three steps a round
 SIGMAS = {"alice": 1.5, "bob": 1.1}
 RUN_CONFIG = {
-    "model": "mlp", "local-epochs": 1, "batch-size": 128, "lr": 0.5, "records": RECORDS, "noise-multiplier": 1.3,
-    "max-grad-norm": 1.0, "target-delta": 1e-5, "ledgers": "", "privacy": "sample",
+    "model": "mlp", "local-epochs": 1, "batch-size": 128, "lr": 0.5, "records": RECORDS, "method": "dpsgd", "privacy": "sample",
 }
+
+
+CENTRAL = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
 
 
 def owed(name, rounds):
@@ -55,6 +58,7 @@ def owed(name, rounds):
 def context(tmp_path):
     """The context of one node; its ledger is in a file of its own."""
     node = {"name": "alice", "partition-id": 0, "num-partitions": 2, "noise-multiplier": 1.5, "ledger": str(tmp_path / "alice.json")}
+    Ledger(node["ledger"], new=True)
     return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=dict(RUN_CONFIG))
 
 
@@ -93,15 +97,82 @@ def test_the_charge_is_on_the_disk_before_the_first_step(context, monkeypatch):
 
 def test_the_same_round_twice_draws_other_noise(context, tmp_path):
     first = asked(context)["arrays"].to_torch_state_dict()
-    (tmp_path / "alice.json").unlink()  # so that name, ledger and settings are the same again
+    (tmp_path / "alice.json").unlink()
+    Ledger(context.node_config["ledger"], new=True)  # so that name, ledger and settings are the same again
     again = asked(context)["arrays"].to_torch_state_dict()
     assert all(not torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_server_cannot_lower_the_noise_of_a_node_that_has_its_own(context):
-    context.run_config["noise-multiplier"] = 0.0
-    asked(context)
-    assert [charge.noise_multiplier for charge in Ledger(context.node_config["ledger"]).charges] == [1.5]
+def refused(context, tmp_path, monkeypatch):
+    """Why the node refuses. It must not train, and its ledger must stay as it is."""
+    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    before = Path(context.node_config["ledger"]).read_bytes()
+    answer = asked(context)
+    assert list(answer) == ["refusal"] and answer["refusal"]["name"] == "alice"
+    assert Path(context.node_config["ledger"]).read_bytes() == before and len(list(tmp_path.glob("*.json"))) == 1
+    return answer["refusal"]["why"]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("noise-multiplier", 0.0), ("noise-multiplier", 50.0), ("max-grad-norm", 1e6), ("target-delta", 0.5), ("max-epsilon", 1e9),
+    ("ledger", "other.json"), ("ledgers", "."), ("data", "other.pt"), ("name", "bob"), ("partition-id", 1), ("num-partitions", 1),
+])
+def test_a_run_can_not_decide_what_only_the_node_may(context, tmp_path, monkeypatch, key, value):
+    context.run_config[key] = value
+    told = f"{key} must not be in a run's config, got {value!r}: only a node's own --node-config may set it"
+    assert refused(context, tmp_path, monkeypatch) == told
+    context.node_config.pop(key, None)  # not even where the node says nothing
+    assert asked(context)["refusal"]["why"] == told
+
+
+def test_a_run_can_not_ask_a_node_for_training_without_noise(context, tmp_path, monkeypatch):
+    context.run_config |= {"privacy": "client", "server-noise-multiplier": 1e-12, "clipping-norm": 1e6}
+    why = refused(context, tmp_path, monkeypatch)
+    assert why.startswith("privacy must be 'sample' on this node, got 'client' from the run") and "--node-config" in why
+    context.run_config["privacy"] = "none"
+    assert refused(context, tmp_path, monkeypatch).startswith("privacy must be one of 'sample', 'client', got 'none'")
+    context.run_config |= {"privacy": "sample", "method": "sgd"}
+    assert refused(context, tmp_path, monkeypatch).startswith("method must be one of 'dpsgd', 'opacus', got 'sgd'")
+
+
+def test_what_the_node_does_not_say_is_not_the_runs_to_say(context, tmp_path):
+    del context.node_config["noise-multiplier"]
+    assert asked(context)["metrics"]["steps"] == STEPS
+    assert [charge.noise_multiplier for charge in Ledger(context.node_config["ledger"]).charges] == [1.3]
+
+
+@pytest.mark.parametrize("method", ["dpsgd", "opacus"])
+def test_a_node_refuses_the_round_that_would_go_above_its_max_epsilon(context, tmp_path, monkeypatch, method):
+    context.run_config["method"] = method
+    context.node_config["max-epsilon"] = (owed("alice", 2) + owed("alice", 3)) / 2
+    assert [asked(context)["metrics"]["steps"] for _ in range(2)] == [STEPS, 2 * STEPS]
+    why = refused(context, tmp_path, monkeypatch)
+    assert why.startswith("max-epsilon is ") and f"after the round ε would be {owed('alice', 3):.4g}" in why
+    context.run_config["privacy"] = context.node_config["privacy"] = "client"
+    assert "ε would be inf" in refused(context, tmp_path, monkeypatch)
+
+
+def test_opacus_costs_what_dpsgd_costs_in_the_same_ledger(context):
+    context.run_config["method"] = "opacus"
+    first = asked(context)
+    assert first["metrics"]["epsilon"] == pytest.approx(owed("alice", 1), abs=1e-9)
+    context.node_config["method"] = "dpsgd"  # a node may name one: it goes before the run's
+    second = asked(context)["metrics"]
+    assert second["epsilon"] == pytest.approx(owed("alice", 2), abs=1e-9) and second["steps"] == 2 * STEPS
+    (one,) = set(Ledger(context.node_config["ledger"]).charges)
+    assert (one.noise_multiplier, one.sample_rate, one.steps) == (1.5, 1 / STEPS, STEPS)
+
+
+def test_opacus_itself_does_the_work_and_its_noise_is_other_noise_each_time(context, monkeypatch):
+    from opacus import PrivacyEngine
+
+    context.run_config |= {"method": "opacus", "local-epochs": 2}
+    seen, make_private = [], PrivacyEngine.make_private
+    monkeypatch.setattr(PrivacyEngine, "make_private", lambda self, **asked: seen.append(asked) or make_private(self, **asked))
+    ways = [asked(context)["arrays"].to_torch_state_dict() for _ in range(2)]
+    assert [(one["noise_multiplier"], one["max_grad_norm"]) for one in seen] == [(1.5, 1.0)] * 2
+    assert list(ways[0]) == list(models.mlp(784, 64, 10).state_dict())  # no "_module."
+    assert all(not torch.equal(ways[0][name], ways[1][name]) for name in ways[0])
 
 
 @pytest.mark.parametrize("damage", ["{}", "not json", ""])
@@ -112,6 +183,14 @@ def test_a_damaged_ledger_is_a_refusal_and_nothing_is_trained(context, tmp_path,
     assert list(answer) == ["refusal"]
     assert answer["refusal"]["name"] == "alice" and "is not a readable ledger" in answer["refusal"]["why"]
     assert (tmp_path / "alice.json").read_text() == damage
+
+
+def test_a_ledger_that_is_gone_is_a_refusal_and_nothing_is_trained(context, tmp_path, monkeypatch):
+    asked(context)
+    (tmp_path / "alice.json").unlink()
+    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    assert "alice.json" in asked(context)["refusal"]["why"]
+    assert not (tmp_path / "alice.json").exists()
 
 
 def test_without_a_ledger_nothing_is_trained(context):
@@ -127,9 +206,22 @@ def test_a_node_trains_on_its_own_file_where_it_names_one(context, tmp_path):
     assert "none.pt" in asked(context)["refusal"]["why"]
 
 
-def test_with_central_privacy_a_client_tells_no_epsilon_and_has_no_ledger(context, tmp_path):
-    context.run_config["privacy"] = "client"
-    assert list(asked(context)["metrics"]) == ["num-examples"] and not (tmp_path / "alice.json").exists()
+def test_where_the_node_agrees_the_server_may_add_the_noise_and_the_ledger_says_so(context):
+    context.run_config["privacy"] = context.node_config["privacy"] = "client"
+    assert list(asked(context)["metrics"]) == ["num-examples"]
+    assert Ledger(context.node_config["ledger"]).epsilon() == math.inf  # what has left the node has no noise
+    del context.node_config["ledger"]
+    assert list(asked(context)["metrics"]) == ["num-examples"]
+
+
+def test_virtual_nodes_have_their_own_config_from_a_file_of_their_owner(context, tmp_path, monkeypatch):
+    context.node_config = {"partition-id": 3, "num-partitions": 20}
+    assert "ledger must be named" in asked(context)["refusal"]["why"]
+    (tmp_path / "nodes.json").write_text(json.dumps({"ledgers": str(tmp_path), "noise-multiplier": 2.0}))
+    monkeypatch.setenv(client_app.VARIABLE, str(tmp_path / "nodes.json"))
+    Ledger(tmp_path / "client-03.json", new=True)
+    assert asked(context)["metrics"]["steps"] == STEPS
+    assert [charge.noise_multiplier for charge in Ledger(tmp_path / "client-03.json").charges] == [2.0]
 
 
 # The server, without any process
@@ -143,21 +235,20 @@ def test_the_server_keeps_each_epsilon_apart():
 
 
 def test_a_refusal_ends_the_run_with_its_reason():
-    strategy = server_app.ApartFedAvg([], min_train_nodes=2)
+    apart = server_app.ApartFedAvg([], min_train_nodes=2)
+    whole = server_app.central(server_app.FedAvg(min_train_nodes=2), CENTRAL)
     content = RecordDict({"refusal": ConfigRecord({"name": "bob", "why": "no ledger"})})
     refused = SimpleNamespace(has_error=lambda: False, content=content)
-    with pytest.raises(server_app.RoundFailed, match="bob refused round 3: no ledger"):
-        strategy.aggregate_train(3, [refused])
-    with pytest.raises(server_app.RoundFailed, match="round 3 got 0 of 2 answers in time"):
-        strategy.aggregate_train(3, [])
+    for strategy in (apart, whole):
+        with pytest.raises(server_app.RoundFailed, match="bob refused round 3: no ledger"):
+            strategy.aggregate_train(3, [refused])
+        with pytest.raises(server_app.RoundFailed, match="round 3 got 0 of 2 answers in time"):
+            strategy.aggregate_train(3, [])
 
 
 def test_flowers_accountant_for_whole_clients_agrees_with_ours():
     from flwr.serverapp import GaussianPrivacyEvent
-    from flwr.serverapp.strategy import FedAvg
-
-    config = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
-    strategy = server_app.central(FedAvg(), config)
+    strategy = server_app.central(server_app.FedAvg(), CENTRAL)
     for _ in range(10):
         strategy.accountant.compose(GaussianPrivacyEvent(noise_multiplier=1.0, sample_size=20, population_size=20))
     ours = epsilon(noise_multiplier=1.0, sample_rate=1.0, steps=10, target_delta=1e-2, accountant="rdp")
@@ -266,6 +357,7 @@ def test_a_kill_that_is_not_over_does_not_reach_the_node_that_is_started_next(tm
     monkeypatch.setattr(federation, "_start_node", lambda name: federation._spawn(name, "sleep", "60"))
     monkeypatch.setattr(federation, "_wait_online", lambda: None)
     monkeypatch.setattr("dpteach.flower.federation.end", lambda *args, **kwargs: (time.sleep(0.5), keeper.end(*args, **kwargs)))
+    federation._make_ledgers()
     federation._start_node("alice")
     federation.kill("alice", in_next_round=True)
     federation.ledger("alice").charge(noise_multiplier=1.0, sample_rate=0.1, steps=1)
@@ -419,7 +511,6 @@ def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
 def test_a_port_that_answers_everybody_ends_the_federation(monkeypatch):
     monkeypatch.setattr(Federation, "_environment", lambda self, name, whole=Federation._environment: {
         **whole(self, name), "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"})
-    monkeypatch.setattr(Federation, "_command", lambda self, name: name)
     federation = Federation([Node("alice"), Node("bob")], start_timeout=180)
     with pytest.raises(RuntimeError, match="answers people who have no certificate"), federation:
         pass

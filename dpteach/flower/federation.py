@@ -39,6 +39,7 @@ class Node:
         noise_multiplier: σ >= 0.
         max_grad_norm: C > 0.
         target_delta: δ in (0, 1).
+        max_epsilon: the node refuses a round after which its ε would be larger; None for no limit.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -48,6 +49,7 @@ class Node:
     noise_multiplier: float = 1.3
     max_grad_norm: float = 1.0
     target_delta: float = 1e-5
+    max_epsilon: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -57,6 +59,8 @@ class Node:
         number("noise_multiplier", self.noise_multiplier, low=0)
         number("max_grad_norm", self.max_grad_norm, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
+        if self.max_epsilon is not None:
+            number("max_epsilon", self.max_epsilon, low=0)
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,10 @@ class _Local:
         }
 
     def _command(self, name: str) -> str:
-        found = self._home / door.COMMANDS / name
-        if not found.exists():
+        found = shutil.which(name, path=self._environment(name)["PATH"])
+        if found is None:
             raise RuntimeError(f"{name} was not found. {MISSING}")
-        return str(found)
+        return found
 
     def _flwr(self, *arguments: str) -> dict | None:
         """The JSON answer of a ``flwr`` command; None where it fails."""
@@ -266,10 +270,14 @@ class _Local:
 class Federation(_Local):
     """Nodes on this machine, each with processes, a port and a ledger of its own: a context manager.
 
+    The nodes have registered keys, and each port wants the certificate of this federation: it is closed to other accounts of
+    the machine.
+
     Args:
         nodes: two or more, with different names; each gets its part of MNIST.
-        folder: where the ledgers are, ``NAME.json`` each; they are kept. Without it they are in a temporary folder that is
-            removed at the end: right for a lesson only.
+        folder: where the ledgers are, ``NAME.json`` each; they are kept. A new node's is made now; one that is gone
+            later is an error, not a new one. Without ``folder`` they are in a temporary folder that is removed at the
+            end: right for a lesson only.
         start_timeout: seconds within which all nodes must be online.
 
     Raises:
@@ -288,8 +296,7 @@ class Federation(_Local):
         if self._folder is not None:
             if not self._folder.is_dir():
                 raise ValueError(f"folder must be a folder that exists, got {str(folder)!r}")
-            for name in self.nodes:
-                self.ledger(name)
+            self._make_ledgers()
 
     def ledger(self, name: str) -> Ledger:
         """The ledger of the node ``name``, as it is now.
@@ -299,7 +306,17 @@ class Federation(_Local):
         """
         if self._folder is None and self._keeper is None:
             raise RuntimeError("Without a folder the ledgers end with the federation: give Federation a folder to keep them.")
-        return Ledger((self._folder or self._home) / f"{self._known(name)}.json")
+        return Ledger(self._ledger_file(name))
+
+    def _ledger_file(self, name: str) -> Path:
+        return (self._folder or self._home) / f"{self._known(name)}.json"
+
+    def _make_ledgers(self) -> None:
+        for name in self.nodes:
+            file = self._ledger_file(name)
+            before = file.with_suffix(".started")  # it stays: a ledger that is gone is not one that was never there
+            Ledger(file, new=not file.exists() and not before.exists())  # a damaged one is an error now
+            before.touch()
 
     def rounds(self, rounds: int = 3, *, timeout: float = 120, **config) -> Iterator[FederatedRound]:
         """Run some rounds of federated averaging from a new model, one :class:`FederatedRound` at a time.
@@ -307,7 +324,7 @@ class Federation(_Local):
         Args:
             rounds: >= 1.
             timeout: seconds for one round, >= 1.
-            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``records=1000``.
+            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``method="opacus"``.
 
         Raises:
             RuntimeError: if a node has ended, or refused; says which one and what to do. The ledgers stay as they are.
@@ -347,6 +364,8 @@ class Federation(_Local):
 
     def _start(self) -> None:
         self._start_link("--enable-supernode-auth")
+        if self._folder is None:
+            self._make_ledgers()
         for name in self.nodes:
             self._start_node(name)
         self._wait_online()
@@ -356,8 +375,10 @@ class Federation(_Local):
         config = {
             "name": name, "partition-id": list(self.nodes).index(name), "num-partitions": len(self.nodes),
             "noise-multiplier": float(node.noise_multiplier), "max-grad-norm": float(node.max_grad_norm),
-            "target-delta": float(node.target_delta), "ledger": str(self.ledger(name).path),
+            "target-delta": float(node.target_delta), "ledger": str(self._ledger_file(name)),
         }
+        if node.max_epsilon is not None:
+            config["max-epsilon"] = float(node.max_epsilon)
         key = self._home / f"{uuid.uuid4().hex}.key"  # one a start: for about a minute the old one would count as online
         if self._flwr("supernode", "register", str(door.make_node_key(key)), "--format", "json") is None:
             raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words()}")
@@ -431,13 +452,30 @@ class Simulation(_Local):
             raise RuntimeError("Flower's simulation is not installed: pip install 'flwr[simulation]>=1.41'.")
 
     def rounds(self, rounds: int = 3, *, timeout: float = 600, **config) -> Iterator[dict]:
-        """As :meth:`Federation.rounds`; each round is the dict that the server reports."""
+        """As :meth:`Federation.rounds`; each round is the dict that the server reports.
+
+        Args:
+            config: also what each client decides for itself: ``noise_multiplier``, ``max_grad_norm``, ``target_delta``,
+                ``max_epsilon``. With ``privacy="client"`` all of them agree to it, and their ledgers' ε is infinite from then on.
+        """
+        from dpteach.flower.client_app import ONLY_THE_NODES
+
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        config = {"num_nodes": self.clients, "ledgers": str(self._home), **config}
+        config = {"num-nodes": self.clients, "privacy": "sample", **{key.replace("_", "-"): value for key, value in config.items()}}
+        theirs = {key: config.pop(key) for key in ONLY_THE_NODES & config.keys()}
+        theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
+        (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
         return self._lines(rounds, timeout, config, "--federation-config",
                            f"num-supernodes={self.clients} client-resources-num-cpus=1")
 
+    def _environment(self, name: str) -> dict[str, str]:
+        from dpteach.flower.client_app import VARIABLE as NODES
+
+        return {**super()._environment(name), NODES: str(self._home / "nodes.json")}
+
     def _start(self) -> None:
+        for client in range(self.clients):
+            Ledger(self._home / f"client-{client:02d}.json", new=True)
         self._start_link("--simulation")
 
 
