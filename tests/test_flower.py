@@ -23,6 +23,7 @@ import torch
 
 from dpteach import Ledger, epsilon, models
 from dpteach.flower import MISSING, installed
+from dpteach.training import Settings
 
 if not installed():
     if os.environ.get("CI") and sys.version_info >= (3, 11):
@@ -95,12 +96,15 @@ def test_the_charge_is_on_the_disk_before_the_first_step(context, monkeypatch):
     assert Ledger(context.node_config["ledger"]).steps == STEPS
 
 
-def test_the_same_round_twice_draws_other_noise(context, tmp_path):
+def test_the_same_round_twice_draws_other_noise_and_no_seed_makes_it(context, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(client_app, "Settings", lambda **asked: made.append(Settings(**asked)) or made[-1])
     first = asked(context)["arrays"].to_torch_state_dict()
     (tmp_path / "alice.json").unlink()
     Ledger(context.node_config["ledger"], new=True)  # so that name, ledger and settings are the same again
     again = asked(context)["arrays"].to_torch_state_dict()
     assert all(not torch.equal(first[name], again[name]) for name in first)
+    assert [settings.seed for settings in made] == [None, None]  # the system's random numbers: see test_release.py
 
 
 def refused(context, tmp_path, monkeypatch):
@@ -141,9 +145,7 @@ def test_what_the_node_does_not_say_is_not_the_runs_to_say(context, tmp_path):
     assert [charge.noise_multiplier for charge in Ledger(context.node_config["ledger"]).charges] == [1.3]
 
 
-@pytest.mark.parametrize("method", ["dpsgd", "opacus"])
-def test_a_node_refuses_the_round_that_would_go_above_its_max_epsilon(context, tmp_path, monkeypatch, method):
-    context.run_config["method"] = method
+def test_a_node_refuses_the_round_that_would_go_above_its_max_epsilon(context, tmp_path, monkeypatch):
     context.node_config["max-epsilon"] = (owed("alice", 2) + owed("alice", 3)) / 2
     assert [asked(context)["metrics"]["steps"] for _ in range(2)] == [STEPS, 2 * STEPS]
     why = refused(context, tmp_path, monkeypatch)
@@ -264,10 +266,10 @@ def story(tmp_path_factory):
     a run, a damaged ledger, and the end. ``told``: what came of each; ``steps``: what alice's ledger held before it."""
     folder, told, steps = tmp_path_factory.mktemp("ledgers"), {}, {}
 
-    def chapter(name, rounds=1, timeout=180):
+    def chapter(name, rounds=1, timeout=180, **config):
         steps[name], began = federation.ledger("alice").steps, time.monotonic()
         try:
-            told[name] = list(federation.rounds(rounds, timeout=timeout, records=RECORDS))
+            told[name] = list(federation.rounds(rounds, timeout=timeout, records=RECORDS, **config))
         except (RuntimeError, TimeoutError) as error:
             told[name] = error
         told[f"{name}, seconds"] = time.monotonic() - began
@@ -286,7 +288,14 @@ def story(tmp_path_factory):
         kept = (folder / "bob.json").read_text()
         (folder / "bob.json").write_text(kept.replace("0", "1", 1))
         chapter("damaged")
+        (folder / "bob.json").unlink()
+        chapter("vanished")
+        told["made again"] = (folder / "bob.json").exists()
         (folder / "bob.json").write_text(kept)
+        told["before less noise"] = {name: federation.ledger(name).steps for name in SIGMAS}
+        chapter("less noise", privacy="client", server_noise_multiplier=1e-12, clipping_norm=1e6)
+        told["after less noise"] = {name: federation.ledger(name).steps for name in SIGMAS}
+        chapter("opacus", method="opacus")
         mark, home, port = federation._mark, federation._home, federation._port
         assert len(keeper.marked(mark)) >= 3 and home.exists()
     told["nothing left"] = gone(mark, home, port, within=5)
@@ -333,6 +342,32 @@ def test_a_damaged_ledger_stops_the_run_with_the_nodes_name(story):
     assert "bob.json is not a readable ledger" in str(story.told["damaged"])
 
 
+def test_a_ledger_that_vanishes_while_the_federation_lives_stops_the_run_and_is_not_made_again(story):
+    assert "bob refused round 1: " in str(story.told["vanished"]) and "bob.json" in str(story.told["vanished"])
+    assert not story.told["made again"]
+
+
+def test_a_run_that_asks_for_no_noise_stops_with_a_nodes_name_and_nothing_is_charged(story):
+    assert re.search("(alice|bob) refused round 1: privacy must be 'sample' on this node", str(story.told["less noise"]))
+    assert story.told["before less noise"] == story.told["after less noise"]
+
+
+def test_a_round_of_opacus_in_processes_goes_into_the_same_ledgers(story):
+    (made,) = story.told["opacus"]
+    done = {name: made.steps[name] // STEPS for name in SIGMAS}
+    assert made.steps == {name: story.told["after less noise"][name] + STEPS for name in SIGMAS}
+    assert made.epsilons == {name: pytest.approx(owed(name, done[name]), abs=1e-9) for name in SIGMAS}
+
+
+def test_a_folder_whose_ledger_is_gone_is_an_error_in_the_next_federation_too(tmp_path):
+    Federation([Node("a"), Node("b")], tmp_path)
+    Federation([Node("a"), Node("b")], tmp_path)
+    (tmp_path / "b.json").unlink()
+    with pytest.raises((ValueError, OSError), match="b.json"):
+        Federation([Node("a"), Node("b")], tmp_path)
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
     with pytest.raises(ValueError, match="nodes must be at least two, each with a name of its own, got .'a', 'a'."):
         Federation([Node("a"), Node("a")])
@@ -340,6 +375,8 @@ def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
         Federation([Node("a"), Node("b")], tmp_path / "none")
     with refuses("noise_multiplier", -1.0):
         Node("a", -1.0)
+    with refuses("max_epsilon", -1.0):
+        Node("a", max_epsilon=-1.0)
     with pytest.raises(ValueError, match="name must be letters"):
         Node("a/b")
     with pytest.raises(ValueError, match="name must not be one of 'link', 'run', 'command', got 'run'"):
@@ -347,6 +384,9 @@ def test_what_can_not_be_a_federation_is_one_error(tmp_path, refuses):
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a readable ledger"):
         Federation([Node("a"), Node("b")], tmp_path)
+    for key, named in (("noise_multiplier", "noise-multiplier"), ("ledger", "ledger"), ("epochs", "epochs")):
+        with pytest.raises(ValueError, match=f"config must name keys of the app's pyproject.toml, got '{named}'"):
+            Federation([Node("a"), Node("b")]).rounds(1, **{key: 0.0})
     with pytest.raises(RuntimeError, match="give Federation a folder"):
         Federation([Node("a"), Node("b")]).ledger("a")
 
@@ -648,11 +688,15 @@ def rounds_in(text):
 
 
 def test_the_three_terminals_of_the_notebook_train(terminals):
+    terminals.run("ledgers")
     terminals.link("terminal-1")
     nodes = [terminals.open("alice", "terminal-2"), terminals.open("bob", "terminal-3")]
     terminals.online("alice", "bob")
     (told,) = rounds_in(terminals.run("terminal-run"))
     assert {name: told[f"epsilon/{name}"] for name in SIGMAS} == {name: pytest.approx(owed(name, 1)) for name in SIGMAS}
+    assert Ledger(terminals.folder / "alice.json").steps == STEPS
+    whole = f"num-server-rounds=1 records={RECORDS}"
+    assert not rounds_in(terminals.run("terminal-run", **{whole: f"{whole} noise-multiplier=0.0", "flwr run": "! flwr run"}))
     assert Ledger(terminals.folder / "alice.json").steps == STEPS
     assert all(node.poll() is None for node in nodes)
 
@@ -665,6 +709,8 @@ def test_with_certificates_and_keys_known_nodes_train_and_strangers_stay_out(ter
     terminals.run("tls-key")
     terminals.run("tls-key", **{"alice": "eve", "bob": "unused"})
     terminals.run("tls-register")
+    terminals.run("ledgers")
+    terminals.run("ledgers", **{"alice": "eve", "bob": "unused"})
     terminals.open("alice", "tls-node")
     terminals.open("bob", "tls-node", **{"alice": "bob", "9094": "9095", "=1.5": "=1.1"})
     stranger = terminals.open("eve", "tls-node", **{"alice": "eve", "9094": "9096"})
@@ -675,4 +721,4 @@ def test_with_certificates_and_keys_known_nodes_train_and_strangers_stay_out(ter
     assert {key.split("/")[1] for key in told if "/" in key} == set(SIGMAS)
     assert stranger.wait(60) != 0 and "SuperNode ID" not in terminals.said("eve")
     assert plain.poll() is not None or "SuperNode ID" not in terminals.said("plain")
-    assert not (terminals.folder / "eve.json").exists()
+    assert Ledger(terminals.folder / "eve.json").steps == 0

@@ -221,8 +221,7 @@ class _Local:
         self._check_open()
         self._runs += 1
         report = self._home / f"report-{self._runs}.jsonl"
-        changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report),
-                   **{key.replace("_", "-"): value for key, value in config.items()}}
+        changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report), **config}
         self._spawn("run", "flwr", "run", str(APP), "--stream", *options,
                     *(f"--run-config={key}={json.dumps(value)}" for key, value in changed.items()))
         read, run_id, ended = 0, None, False
@@ -327,11 +326,12 @@ class Federation(_Local):
             config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``method="opacus"``.
 
         Raises:
+            ValueError: if the app has no such key: what protects a node's records is its :class:`Node`'s to say.
             RuntimeError: if a node has ended, or refused; says which one and what to do. The ledgers stay as they are.
             TimeoutError: if a round takes longer than ``timeout``.
         """
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        return self._rounds(rounds, timeout, {"num_nodes": len(self.nodes), **config})  # so errors come at the call
+        return self._rounds(rounds, timeout, _run_config({"num_nodes": len(self.nodes), **config}))  # so errors come at the call
 
     def kill(self, name: str, *, in_next_round: bool = False) -> None:
         """SIGKILL the node ``name``, all of it, as a power cut would.
@@ -461,8 +461,8 @@ class Simulation(_Local):
         from dpteach.flower.client_app import ONLY_THE_NODES
 
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        config = {"num-nodes": self.clients, "privacy": "sample", **{key.replace("_", "-"): value for key, value in config.items()}}
-        theirs = {key: config.pop(key) for key in ONLY_THE_NODES & config.keys()}
+        theirs = {key.replace("_", "-"): config.pop(key) for key in list(config) if key.replace("_", "-") in ONLY_THE_NODES}
+        config = _run_config({"num_nodes": self.clients, "privacy": "sample", **config})
         theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
         (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
         return self._lines(rounds, timeout, config, "--federation-config",
@@ -477,6 +477,16 @@ class Simulation(_Local):
         for client in range(self.clients):
             Ledger(self._home / f"client-{client:02d}.json", new=True)
         self._start_link("--simulation")
+
+
+def _run_config(config: dict) -> dict:
+    import tomllib  # since Python 3.11, as Flower
+
+    allowed = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
+    asked = {key.replace("_", "-"): value for key, value in config.items()}
+    for key in asked.keys() - allowed.keys():
+        raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(allowed)}")
+    return asked
 
 
 def _listening(process: psutil.Process) -> list[int]:
