@@ -584,7 +584,8 @@ def test_nothing_is_left_after_the_normal_end_of_all_these_runs(story):
 
 
 @pytest.mark.parametrize("how", ["exception", "death of the keeper"])
-def test_nothing_is_left_after(how):
+def test_nothing_is_left_after(how, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a Jupyter kernel
     try:
         with Federation([Node("alice"), Node("bob")], start_timeout=180) as federation:
             mark, home, port = federation._mark, federation._home, federation._port

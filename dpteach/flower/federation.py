@@ -26,6 +26,7 @@ from dpteach.flower import APP, MISSING, door, installed
 from dpteach.flower.keeper import VARIABLE, end, marked
 
 _POLL = 0.1  # seconds between two looks at the processes
+_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")  # a Jupyter kernel sets them: then Flower colours its JSON too
 _OWN = ("link", "run", "command")  # names of processes that are no nodes
 
 
@@ -168,8 +169,9 @@ class _Local:
 
     def _environment(self, name: str) -> dict[str, str]:
         scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"  # a SuperLink starts its helpers by name
+        inherited = {key: value for key, value in os.environ.items() if key not in _COLOURS}
         return {
-            **os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
+            **inherited, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1",
             door.VARIABLE: str(self._home), VARIABLE: f"{self._mark}/{name}",
         }
