@@ -32,7 +32,7 @@ if not installed():
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
-from dpteach.flower import Federation, Node, client_app, door, keeper, server_app
+from dpteach.flower import Federation, Node, Simulation, client_app, door, keeper, server_app
 from dpteach.flower.federation import _answers, _free_port, _listening
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +255,22 @@ def test_flowers_accountant_for_whole_clients_agrees_with_ours():
         strategy.accountant.compose(GaussianPrivacyEvent(noise_multiplier=1.0, sample_size=20, population_size=20))
     ours = epsilon(noise_multiplier=1.0, sample_rate=1.0, steps=10, target_delta=1e-2, accountant="rdp")
     assert strategy.privacy_spent().epsilon == pytest.approx(ours, rel=0.02)
+
+
+def test_flower_draws_a_fixed_number_of_clients_and_counts_no_draw_at_all():
+    from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
+    from flwr.serverapp.strategy.strategy_utils import sample_nodes
+
+    grid = SimpleNamespace(get_node_ids=lambda: list(range(1000)))
+    assert {len(set(sample_nodes(grid, 1000, 20)[0])) for _ in range(50)} == {20}
+    for draw, change in ((SamplingMethod.POISSON, NeighboringRelation.ADD_OR_REMOVE_ONE),
+                         (SamplingMethod.WITHOUT_REPLACEMENT, NeighboringRelation.REPLACE_ONE)):
+        config = PrivacyConfig(target_delta=1e-5, population_size=1000, sampling_method=draw, neighboring_relation=change)
+        with pytest.raises(ValueError, match="requires sampling_method='no-amplification'"):
+            server_app.Central(server_app.FedAvg(), 1.0, 1.0, 20, accountant=RdpAccountant(config))
+    unequal = [SimpleNamespace(content=RecordDict({"metrics": MetricRecord({"num-examples": n})})) for n in (100, 300)]
+    with pytest.raises(ValueError, match="equal client weights"):
+        server_app.central(server_app.FedAvg(), CENTRAL)._validate_uniform_weights(unequal)
 
 
 # A federation, with all its processes
@@ -555,6 +571,16 @@ def test_a_port_that_answers_everybody_ends_the_federation(monkeypatch):
     with pytest.raises(RuntimeError, match="answers people who have no certificate"), federation:
         pass
     assert gone(federation._mark, federation._home, federation._port, within=5)
+
+
+def test_a_simulation_gives_ray_a_token_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Ray need not be here
+    simulations = [Simulation(2), Simulation(2)]
+    for simulation in simulations:
+        simulation._mark, simulation._home = "mark", tmp_path
+    told = [simulation._environment("run") for simulation in simulations]
+    assert [environment["RAY_AUTH_MODE"] for environment in told] == ["token"] * 2
+    assert len({environment["RAY_AUTH_TOKEN"] for environment in told}) == 2 and min(len(e["RAY_AUTH_TOKEN"]) for e in told) == 64
 
 
 # Nothing is left

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -438,6 +439,9 @@ class Federation(_Local):
 class Simulation(_Local):
     """Many virtual clients in a few processes, on Flower's Ray engine: a context manager.
 
+    Flower's port wants a certificate, as in :class:`Federation`. Ray's ports are open to the network and want a token; we have
+    not tried each of them: not on a host that you share.
+
     Args:
         clients: how many, >= 2; each has its part of MNIST, its name ``client-00``, ``client-01``, … and its ledger.
         start_timeout: seconds within which Flower must be up.
@@ -450,6 +454,7 @@ class Simulation(_Local):
     def __init__(self, clients: int, *, start_timeout: float = 90):
         super().__init__(start_timeout=start_timeout)
         self.clients = whole("clients", clients, low=2)
+        self._token = secrets.token_hex(32)
         if importlib.util.find_spec("ray") is None:
             raise RuntimeError("Flower's simulation is not installed: pip install 'flwr[simulation]>=1.41'.")
 
@@ -473,7 +478,9 @@ class Simulation(_Local):
     def _environment(self, name: str) -> dict[str, str]:
         from dpteach.flower.client_app import VARIABLE as NODES
 
-        return {**super()._environment(name), NODES: str(self._home / "nodes.json")}
+        # Ray's ports are open to the whole network, and whoever reaches them runs programs as you, unless a token is asked for.
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        return {**super()._environment(name), **ray, NODES: str(self._home / "nodes.json")}
 
     def _start(self) -> None:
         for client in range(self.clients):
