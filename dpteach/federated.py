@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpteach._checks import choice, number, whole
-from dpteach.accounting import Ledger
+from dpteach.ledger import Ledger
 from dpteach.data import Data
 from dpteach.training import Settings, Step, accuracy, check, train
 
