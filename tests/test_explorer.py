@@ -8,6 +8,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from torch import nn
 
 from dpteach import models, plots
 from dpteach.data import split, two_moons
@@ -244,6 +245,28 @@ def test_a_model_that_fails_is_one_sentence_and_no_traceback(explore, capfd):
     assert explorer.summary() == explorer.status
     assert isinstance(explorer.error, RuntimeError)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_model_that_train_refuses_is_one_sentence(explore, federate):
+    def mixing():
+        return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    for make in (explore, federate):
+        explorer = make(make_model=mixing)
+        explorer.wait(10)
+        assert re.fullmatch(r"Can't go on: model must treat each sample alone, got BatchNorm1d[^\n]*", explorer.status)
+
+
+def test_without_a_seed_a_run_trains_and_is_never_the_same(explore, federate):
+    for make in (explore, federate):
+        explorer = make(Settings(1.2, epochs=1, batch_size=100, lr=0.5, seed=None), make_model=lambda: nn.Linear(2, 2))
+        losses = []
+        for _ in range(2):
+            explorer.start()
+            explorer.wait(30)
+            assert explorer.status.startswith("Finished")
+            losses.append([s.loss for s in explorer.steps] if make is explore else explorer.rounds[0].losses)
+        assert losses[0] != losses[1]
 
 
 def test_an_error_of_many_lines_shows_its_first(explore):
@@ -557,9 +580,8 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
 def federate():
     made = []
 
-    def make(**more):
-        settings = more.pop("settings", Settings(1.2, epochs=1, batch_size=50, lr=1.0))
-        made.append(FederatedExplorer(two_moons(400), models.mlp, settings, test_data=two_moons(200, seed=1), **more))
+    def make(settings=Settings(1.2, epochs=1, batch_size=50, lr=1.0), make_model=models.mlp, **more):
+        made.append(FederatedExplorer(two_moons(400), make_model, settings, test_data=two_moons(200, seed=1), **more))
         return made[-1]
 
     yield make

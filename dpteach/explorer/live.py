@@ -430,7 +430,7 @@ def diverged(model: nn.Module, data: Data) -> bool:
 
 def new_model(make_model: Callable[[], nn.Module], seed: int | None) -> nn.Module:
     """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``dpteach.models`` does not).
-    Where nobody is to repeat the run, ``seed`` is None, and so is the start left to the caller."""
+    With ``seed`` None, a run that nobody is to repeat, it draws from that generator as it stands."""
     if seed is None:
         return make_model()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
