@@ -183,12 +183,13 @@ class Ledger:
 
     >>> ledger = Ledger()
     >>> for _ in range(5):  # the two-worker blog post of 2020: five rounds of 235 steps
-    ...     ledger.charge(noise_multiplier=1.2, sample_rate=128 / 30_000, steps=235)
+    ...     _ = ledger.charge(noise_multiplier=1.2, sample_rate=128 / 30_000, steps=235)
     >>> round(ledger.epsilon(target_delta=1e-5, accountant="rdp-classic"), 2)
     1.01
     """
 
     FORMAT, VERSION = "dpteach-ledger", 1
+    id = ""
 
     def __init__(self, path: str | os.PathLike | None = None):
         self.path = None if path is None else Path(path)
@@ -205,13 +206,16 @@ class Ledger:
     def steps(self) -> int:
         return sum(charge.steps for charge in self.charges)
 
-    def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> None:
+    def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> int:
         """Write down ``steps`` steps that are about to run. When this returns, a file is on the disk.
 
         Args:
             noise_multiplier: σ >= 0; 0 makes ε infinite from here on.
             sample_rate: q in (0, 1].
             steps: number of steps, >= 0.
+
+        Returns:
+            How many charges were made before this one.
 
         Raises:
             ValueError: if an argument is out of its range, or the file is damaged. Then nothing is written: don't train.
@@ -221,9 +225,11 @@ class Ledger:
         new = Charge(sigma, q, steps)
         if self.path is None:
             self._kept += (new,)
-            return
+            return len(self._kept) - 1
         with FileLock(f"{self.path}.lock", timeout=30):  # read, add and write as one
-            self._write((*self.charges, new))
+            before = self.charges
+            self._write((*before, new))
+            return len(before)
 
     def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
         """ε of everything that was charged, at ``target_delta``.
