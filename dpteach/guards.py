@@ -10,14 +10,19 @@ from torch import Tensor, nn
 _PROBED: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
+def check_trainable(model: nn.Module) -> None:
+    """ValueError if there is nothing to train."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have at least one trainable parameter, got none")
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse what can be seen without a record: nothing to train, or a layer that is known to mix samples or to keep them.
 
     Raises:
         ValueError: names the layer and what to use instead.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model must have at least one trainable parameter, got none")
+    check_trainable(model)
     for name, layer in model.named_modules():
         got = f"got {type(layer).__name__} at {name or 'its root'!r}"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):

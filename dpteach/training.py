@@ -19,7 +19,7 @@ from dpteach._checks import choice, clipping_norm, number, whole
 from dpteach.accounting import epsilon_path
 from dpteach.bookkeeping import draws
 from dpteach.data import Data
-from dpteach.guards import buffers_kept, check_alone, check_model
+from dpteach.guards import buffers_kept, check_alone, check_model, check_trainable
 from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, poisson_batches, sample_losses
 from dpteach.randomness import SystemRandom
 
@@ -185,7 +185,7 @@ def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dp
     choice("optimizer", optimizer, OPTIMIZERS)
     settings.steps_per_epoch(len(data))
     if method == "sgd":
-        return
+        return check_trainable(model)
     modes = {layer: layer.training for layer in model.modules()}
     model.train()
     try:

@@ -388,7 +388,7 @@ def test_a_layer_that_vmap_cannot_run_is_run_one_sample_at_a_time(layer):
     assert torch.allclose(rows.mean(0), torch.cat([g.flatten() for g in batch]), atol=1e-6)
 
 
-@private_methods
+@pytest.mark.parametrize("method", METHODS)
 def test_a_model_with_nothing_to_train_is_refused_at_the_call(method):
     frozen = linear().requires_grad_(False)
     for model in (nn.Flatten(), frozen):
