@@ -219,7 +219,7 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
     )
     model.train()
     model.zero_grad(set_to_none=True)  # an old gradient may be a private one
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
+    optimizer = make_optimizer(model.parameters(), lr=settings.lr)
     losses = updates(model, data, settings, optimizer)
     try:
         for step, loss in enumerate(losses, start=1):

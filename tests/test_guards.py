@@ -48,6 +48,7 @@ def test_a_frozen_parameter_with_a_stale_gradient_stays_to_the_bit(way, method, 
         list(Worker("a", MOONS, SETTINGS, method=method, optimizer=optimizer).train_round(model))
     assert torch.equal(model[0].weight, before)
     assert not torch.equal(model[2].weight, trained)
+    assert model[0].weight.grad is None  # it is gone, so that it does not leave with the model
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
