@@ -42,7 +42,7 @@ def test_the_losses_of_the_post_of_2020_are_met_by_the_plain_run_and_not_by_the_
         plain, private = ([r["loss"] for r in load(name) if r["n"] == 60_000 and r["worker"] == worker and r["sizes"] == "1:1" and not r["skew"]]
                           for name in ("two-workers-plain", "two-workers"))
         assert plain == pytest.approx(printed, abs=0.1) and plain[1:] == pytest.approx(printed[1:], abs=0.02)
-        assert all(ours > 2 * post for ours, post in zip(private, printed)) and private[-1] > 8 * printed[-1]
+        assert all(ours > 2 * post for ours, post in zip(private, printed)) and private[-1] > 7 * printed[-1]
 
 
 def test_a_small_run_of_the_plain_two_workers_gives_its_stored_rows_again():
