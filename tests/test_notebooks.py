@@ -1,5 +1,6 @@
 """What every notebook must have. That its outputs are true, ``pytest --nbval notebooks/`` tests."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -100,6 +101,44 @@ def test_its_exercises_have_a_box_a_check_and_a_folded_solution(path, notebook):
         assert [c.source for c in notebook.cells if c.metadata.get("fold") == id] == [folded(id)], id
     if path.stem[:2] in ("01", "02", "03", "04"):
         assert len(ids) >= 3
+
+
+def test_it_sends_nobody_to_a_notebook_that_is_not_there(notebook):
+    text = "\n".join(c.source for c in notebook.cells)
+    named = set(re.findall(r"[Nn]otebooks? `?(\d\d)", text)) | set(re.findall(r"[Nn]otebooks \d\d(?: to |–| and )(\d\d)", text))
+    assert named | set(re.findall(r"\b(\d\d)_[a-z]", text)) <= {p.stem[:2] for p in PATHS}
+
+
+def prints(cell) -> list[ast.Call]:
+    source = re.sub(r"^( *)%.*", r"\1pass", cell.source, flags=re.MULTILINE)  # %pip is not Python
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "id", "") == "print" and call.args]
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_no_number_is_printed_that_nothing_computed(notebook):
+    literal = [call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)]
+    assert [ast.unparse(call) for call in literal if re.search(r"\d", ast.unparse(call))] == []
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_with_you_and_without_you_have_one_colour_each(path, notebook):
+    source = "\n".join(c.source for c in code(notebook))
+    drawn = set(re.findall(r'"([a-z-]+)", "(with you|with the record|members|without you|somebody else(?:\'s)?|non-members)"', source))
+    assert all(role == ("private" if name.startswith(("with ", "members")) else "data") for role, name in drawn), drawn
+    assert drawn or path.stem[:2] == "02"
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not_install(notebook):
+    text = "\n".join(c.source for c in notebook.cells)
+    assert re.findall(r"named by mistake|[Aa]ccus\w+|false accusation|torchcsprng|secure_mode", text) == []
+
+
+def test_the_readme_says_how_long_each_notebook_takes():
+    rows = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf8"), re.MULTILINE))
+    says = {p.stem: re.search(r"about (\d+) minutes", prose(nbformat.read(p, as_version=4))).group(1) for p in PATHS}
+    assert rows == says
 
 
 def test_the_readme_names_every_notebook():
