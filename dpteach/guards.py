@@ -117,10 +117,7 @@ class _Probe:
                 self._compare(first, inputs, outputs)
 
     def _copy(self, model: nn.Module) -> nn.Module:
-        try:
-            made = copy.deepcopy(model).train()
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
+        made = copied(model)
         if self.perturbed:  # a head of zeros would hide what stands before it
             generator = torch.Generator().manual_seed(2)
             with torch.no_grad():
@@ -158,6 +155,19 @@ class _Probe:
     def _run_again(self, model: nn.Module, x: Tensor) -> Tensor:
         torch.manual_seed(4)
         return model(x.clone())
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that holds computed tensors, as pruning and the old weight_norm leave them.
+
+    Raises:
+        ValueError: if it can't be copied.
+    """
+    computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
+    try:
+        return copy.deepcopy(model, computed)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 drains it in a thread. Nobody passes callbacks.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from dpteach._checks import choice, clipping_norm, number, whole
 from dpteach.accounting import epsilon_path
 from dpteach.bookkeeping import draws, known_layers
 from dpteach.data import Data
-from dpteach.guards import RANDOM_LAYERS, RANDOM_STATE, check_alone, check_model, check_trainable, kept_still, same_shape, shape_of
+from dpteach.guards import RANDOM_LAYERS, RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, same_shape, shape_of
 from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, per_sample_gradients, poisson_batches, sample_losses
 from dpteach.randomness import SystemRandom
 
@@ -393,12 +392,12 @@ def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
     X, y = X[finite][:3], y[finite][:3]
     if len(X) == 0:
         return
-    still = copy.deepcopy(model).train()
+    still = copied(model).train()
     for layer in still.modules():
         if isinstance(layer, RANDOM_LAYERS):
             layer.training = False
     rows = per_sample_gradients(still, F.cross_entropy, X, y)
-    wrapped = GradSampleModule(copy.deepcopy(still))
+    wrapped = GradSampleModule(copied(still))
     (sample_losses(F.cross_entropy, wrapped(X), y).sum() / len(X)).backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     theirs = [p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained]

@@ -35,6 +35,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "3.2": {
         "…nerator=generator) < sample_rate -> …nerator=generator) <= sample_rate": "a float32 draw equals q with probability 2^-24",
     },
+    "4.2": {"0 -> -1": "zero epochs always fit, so a search that begins by asking for them finds the same"},
+    "5.4": {
+        "0.05 -> 0.1": "the learning rate is the learner's choice",
+        "0.05 -> 1.05": "the learning rate is the learner's choice",
+        "…D(model.parameters(), lr=0.05) -> …D(model.parameters())": "the learning rate has a default",
+    },
+    "6.1": {"0 -> -1": "the last model has the names of the first"},
 }
 
 
