@@ -39,8 +39,10 @@ POST = {"alice": [0.6405, 0.1169, 0.0792, 0.0619, 0.0521], "bob": [0.5508, 0.108
 
 def test_the_losses_of_the_post_of_2020_are_met_by_the_plain_run_and_not_by_the_private_one():
     for worker, printed in POST.items():
-        plain, private = ([r["loss"] for r in load(name) if r["n"] == 60_000 and r["worker"] == worker and r["sizes"] == "1:1" and not r["skew"]]
-                          for name in ("two-workers-plain", "two-workers"))
+        plain, private = (
+            [r["loss"] for r in load(name) if (r["n"], r["worker"], r["sizes"], r["skew"]) == (60_000, worker, "1:1", 0)]
+            for name in ("two-workers-plain", "two-workers")
+        )
         assert plain == pytest.approx(printed, abs=0.1) and plain[1:] == pytest.approx(printed[1:], abs=0.02)
         assert all(ours > 2 * post for ours, post in zip(private, printed)) and private[-1] > 7 * printed[-1]
 
