@@ -18,8 +18,9 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # In place of cells that take long.
 BEFORE = {"07_flower": """
 for name in ("alice", "bob"):
+    ledger = Ledger(f"{folder.name}/{name}.json", new=True)
     for _ in range(3):
-        Ledger(f"{folder.name}/{name}.json").charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
+        ledger.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
 """}
 MAKES_LIVE = r"\b(?:\w*Explorer|Viewer|Playground)\("
 
