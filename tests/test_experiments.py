@@ -1,13 +1,11 @@
 """The stored experiments: a small row of each is run again, and the whole ones say what the notebooks say of them."""
 
 import math
-from pathlib import Path
 
 import pytest
 
 from dpteach.accounting import epsilon
 from dpteach.experiments import RESULTS, guide_run, load, two_workers_run
-from dpteach.training import Settings
 
 GUIDE = "twenty-minute-guide"
 
@@ -65,19 +63,6 @@ def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
             dict(sample_rate=1.0, steps=int(row["round"]))
         ours = epsilon(noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of)
         assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
-
-
-def test_the_epsilons_in_the_playgrounds_answers_are_those_of_the_accountant():
-    text = (Path(__file__).parents[1] / "notebooks" / "10_playground.ipynb").read_text(encoding="utf8")
-
-    def priced(sigma, batch_size, epochs):  # two moons: 2,000 records
-        s = Settings(sigma, epochs=epochs, batch_size=batch_size)
-        return f"{epsilon(noise_multiplier=sigma, sample_rate=s.sample_rate(2000), steps=epochs * s.steps_per_epoch(2000)):.2f}"
-
-    assert f"gives more than 95 % at ε = {priced(8.0, 256, 30)}." in text
-    assert f"from {priced(1.0, 256, 30)} to {priced(1.0, 128, 30)};" in text
-    assert f"raises ε far more, to {priced(0.5, 128, 30)}." in text
-    assert f"Less: from {priced(4.0, 256, 30)} to {priced(4.0, 256, 60)}, by 1.46." in text
 
 
 def test_a_stored_row_says_what_made_it():
