@@ -10,17 +10,19 @@ Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each 
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dpteach._checks import choice, number, whole
-from dpteach.accounting import Ledger
+from dpteach.ledger import Ledger
 from dpteach.data import Data
-from dpteach.training import Settings, Step, accuracy, train
+from dpteach.training import Settings, Step, accuracy, check, train
 
 WEIGHTS = ("size", "equal")
 
@@ -33,7 +35,8 @@ class Worker:
         name: unlike the other workers' names.
         data: the worker's private records.
         settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed`` may be
-            the same for all workers: names and earlier charges go into the random numbers too.
+            the same for all workers: name, ledger and charge go into the random numbers too. None draws from the operating
+            system, as a release must.
         ledger: what these records have cost so far; a new one, in memory, if not given.
         method, optimizer: as for :func:`dpteach.training.train`. The optimizer starts anew in each round.
 
@@ -71,16 +74,23 @@ class Worker:
         Raises:
             ValueError: if the ledger is damaged. Then nothing has been trained.
         """
-        # Noise that is drawn twice can be subtracted. The seed differs by worker, and by how often the ledger was charged:
-        # so also in a second run, and after a round that was killed.
-        earlier = len(self.ledger.charges)
-        seed = np.random.SeedSequence([self.settings.seed, earlier, *self.name.encode()]).generate_state(1, np.uint64)[0]
-        settings = dataclasses.replace(self.settings, seed=int(seed >> np.uint64(1)))
-        steps = train(model, self.data, settings, method=self.method, optimizer=self.optimizer)
-        sigma = 0.0 if self.method == "sgd" else settings.noise_multiplier
-        self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
+        sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
+        charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        steps = train(model, self.data, dataclasses.replace(self.settings, seed=self._seed_of(charge)), method=self.method,
+                      optimizer=self.optimizer)
         spent = self.epsilon("rdp")
         return (dataclasses.replace(step, epsilon=spent) for step in steps)
+
+    def _seed_of(self, charge: int) -> int | None:
+        """One seed for each charge of each ledger: noise that is drawn twice can be subtracted.
+
+        So it differs in a second run, after a round that was killed, and between two processes that charge at the same time.
+        """
+        if self.settings.seed is None:
+            return None
+        told = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
 
     def epsilon(self, accountant: str = "prv") -> float:
         """ε of everything in the worker's ledger, at the settings' ``target_delta``."""
@@ -123,7 +133,7 @@ class Round:
 
 
 def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The weighted mean of the models' parameters and buffers: a state dict for ``model.load_state_dict``.
+    """The weighted mean of the models' parameters: a state dict for ``model.load_state_dict``.
 
     Args:
         models: at least one; all with the same names and shapes. A model that Opacus has wrapped has names that begin
@@ -132,10 +142,11 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
             the number of records publish these numbers: take them as public, or weigh all the same.
 
     Returns:
-        Names to tensors. What is not a floating-point number (a counter) is taken from the first model.
+        Names to tensors. What is the same in all models (a buffer, a frozen parameter) stays so to the bit.
 
     Raises:
-        ValueError: if there is no model, the weights do not fit, or the names or shapes differ.
+        ValueError: if there is no model, the weights do not fit, the names or shapes differ, or a buffer differs: a buffer that
+            training moves (BatchNorm's running mean) holds statistics of the records, and no noise covers them.
 
     Source: McMahan et al. 2017, Algorithm 1.
 
@@ -158,11 +169,21 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
                 f"models must have the same names and shapes, got a model {k} that differs from model 0 at {unlike[0]!r}. "
                 "(Opacus' wrapper adds '_module.': hand in model._module.)"
             )
-    total = sum(weights)
-    return {
-        name: sum(state[name] * (w / total) for state, w in zip(states, weights)) if first.is_floating_point() else first.clone()
-        for name, first in states[0].items()
-    }
+    for name in states[0].keys() - dict(models[0].named_parameters(remove_duplicate=False)).keys():
+        if not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
+            raise ValueError(
+                f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the records that no noise "
+                "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release only these."
+            )
+    largest = max(weights)
+    total = sum(w / largest for w in weights)
+
+    def mean(values: list[Tensor]) -> Tensor:
+        if all(torch.equal(value, values[0]) for value in values[1:]):
+            return values[0].clone()
+        return sum(value * (w / largest / total) for value, w in zip(values, weights))
+
+    return {name: mean([state[name] for state in states]) for name in states[0]}
 
 
 def train_turns(

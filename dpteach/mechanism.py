@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 
-from dpteach._checks import number, whole
+from dpteach._checks import clipping_norm, number, whole
+from dpteach.bookkeeping import clipped_sum_of_layers, plain_layers
+from dpteach.guards import check_alone, check_model
+from dpteach.randomness import SystemRandom
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+Random = torch.Generator | SystemRandom
 
 
-def poisson_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+def poisson_batches(n: int, sample_rate: float, steps: int, generator: Random | None = None) -> Iterator[Tensor]:
     """Batches in which every record takes part with probability ``sample_rate``, each record and each step on its own.
 
     The size varies from batch to batch around ``n * sample_rate``, and a batch may be empty. The accountants assume
@@ -28,7 +32,8 @@ def poisson_batches(n: int, sample_rate: float, steps: int, generator: torch.Gen
         n: number of records.
         sample_rate: q in (0, 1].
         steps: number of batches.
-        generator: where the randomness comes from; PyTorch's global one if not given.
+        generator: where the randomness comes from: a ``torch.Generator``, or ``SystemRandom()`` for a release; PyTorch's
+            global one if not given.
 
     Yields:
         ``(b,)`` int64: the indices of the records in the batch, ascending; ``b`` may be 0.
@@ -38,7 +43,20 @@ def poisson_batches(n: int, sample_rate: float, steps: int, generator: torch.Gen
     """
     n, steps = whole("n", n, low=1), whole("steps", steps, low=0)
     sample_rate = number("sample_rate", sample_rate, low=0, above=True, high=1, below=False)
-    return (torch.nonzero(torch.rand(n, generator=generator) < sample_rate).squeeze(1) for _ in range(steps))
+    return (torch.nonzero(_with_probability(sample_rate, n, generator)).squeeze(1) for _ in range(steps))
+
+
+def _with_probability(q: float, n: int, generator: Random | None) -> Tensor:
+    """``(n,)`` bool, each True with probability q exactly.
+
+    Uniform numbers lie on a grid of 2⁻⁵³, and q need not: one in the cell that q cuts is decided by another draw.
+    """
+    u = generator.uniform(n) if isinstance(generator, SystemRandom) else torch.rand(n, generator=generator, dtype=torch.float64)
+    cell, rest = divmod(q * 2.0**53, 1)
+    taken, undecided = u * 2.0**53 < cell, u * 2.0**53 == cell
+    if rest and bool(undecided.any()):
+        taken[undecided] = _with_probability(rest, int(undecided.sum()), generator)
+    return taken
 
 
 def per_sample_gradients(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor) -> Tensor:
@@ -55,20 +73,40 @@ def per_sample_gradients(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor
         ``model.parameters()``. ``(0, P)`` for an empty batch.
 
     Raises:
-        ValueError: if a layer mixes the samples of a batch (BatchNorm), or the model has no trainable parameter.
+        ValueError: if a layer mixes the samples of a batch (BatchNorm) or keeps something of them, or the model has no
+            trainable parameter.
     """
-    _check_model(model)
+    return _gradients_and_losses(model, loss_fn, X, y)[0]
+
+
+def _gradients_and_losses(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    check_model(model)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if len(X) == 0:
-        return next(iter(parameters.values())).new_zeros(0, _size(model))
+        one = next(iter(parameters.values()))
+        return one.new_zeros(0, _size(model)), one.new_zeros(0)
+    check_alone(model, X)
 
     def loss_of_one(parameters, x, target):
         placed = {place: parameters[name] for place, name in _places(model)}
         output = functional_call(model, placed, (x.unsqueeze(0),), tie_weights=False)
-        return loss_fn(output, target.unsqueeze(0))
+        return _one_number(loss_fn(output, target.unsqueeze(0)))
 
-    grads = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")(parameters, X, y)
-    return torch.cat([g.flatten(1) for g in grads.values()], dim=1)
+    try:
+        grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")(parameters, X, y)
+    except RuntimeError:  # vmap can't run some layers, nn.GRU for one
+        return _one_by_one(model, loss_fn, X, y)
+    return torch.cat([g.flatten(1) for g in grads.values()], dim=1), losses
+
+
+def _one_by_one(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    trained, grads, losses = [p for p in model.parameters() if p.requires_grad], [], []
+    for x, target in zip(X, y):
+        loss = _one_number(loss_fn(model(x.unsqueeze(0)), target.unsqueeze(0)))
+        parts = torch.autograd.grad(loss, trained, materialize_grads=True)
+        grads.append(torch.cat([part.flatten() for part in parts]))
+        losses.append(loss.detach())
+    return torch.stack(grads), torch.stack(losses)
 
 
 def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
@@ -76,14 +114,14 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
     Args:
         per_sample_grads: ``(B, P)``: one flattened gradient per row.
-        max_grad_norm: C > 0, in the gradient's own units. ``math.inf`` clips nothing.
+        max_grad_norm: C >= 1e-20, in the gradient's own units. ``math.inf`` clips nothing.
 
     Returns:
-        ``(B, P)``. A row whose norm is at most C is unchanged. A row with a NaN or an infinity becomes zero: whatever
-        a record does to its gradient, it moves the sum by at most C.
+        ``(B, P)``, float32 where the input is of half precision. A row whose norm is at most C is unchanged. A row with a NaN
+        or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
 
     Raises:
-        ValueError: if C is not a positive number.
+        ValueError: if C is out of its range, or the gradients are not ``(B, P)``.
 
     Source: Abadi et al. 2016, Algorithm 1, "Clip gradient".
 
@@ -91,9 +129,26 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
     tensor([[0.6000, 0.8000],
             [0.3000, 0.4000]])
     """
-    norms = torch.linalg.vector_norm(per_sample_grads, dim=1, keepdim=True)
-    factors = _clip_factors(norms, max_grad_norm)
-    return torch.where(factors > 0, per_sample_grads * factors, 0.0)
+    if per_sample_grads.dim() != 2:
+        raise ValueError(
+            f"per_sample_grads must have shape (B, P), one flattened gradient a row, got {tuple(per_sample_grads.shape)}: use flatten(1)"
+        )
+    if per_sample_grads.dtype in (torch.float16, torch.bfloat16):
+        per_sample_grads = per_sample_grads.float()
+    factors = _clip_factors(_norms(per_sample_grads), max_grad_norm, per_sample_grads.dtype).unsqueeze(1)
+    clipped = per_sample_grads * factors.to(per_sample_grads.dtype)
+    hard = (factors < 1e-30).squeeze(1)  # not finite, or float32 can hardly hold the factor
+    if bool(hard.any()):
+        clipped[hard] = torch.where(factors[hard] > 0, per_sample_grads[hard] * factors[hard], 0.0).to(clipped.dtype)
+    return clipped
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, and lose digits over millions of entries."""
+    if rows.dtype != torch.float64 or rows.numel() == 0:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    largest = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
+    return largest * torch.linalg.vector_norm(rows / largest.unsqueeze(1), dim=1)
 
 
 def clipped_sum(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor, max_grad_norm: float) -> Tensor:
@@ -102,7 +157,7 @@ def clipped_sum(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor, max_gra
     Args and errors as for :func:`per_sample_gradients` and :func:`clip`.
 
     Returns:
-        ``(P,)``; zeros for an empty batch.
+        ``(P,)``, float32 for a model of half precision; zeros for an empty batch.
 
     Source: Bu et al. 2022, *Differentially Private Optimization on Large Model at Small Cost* (book-keeping).
     """
@@ -114,38 +169,23 @@ def clipped_sum_and_losses(
 ) -> tuple[Tensor, Tensor]:
     """:func:`clipped_sum`, and beside it each sample's loss, ``(B,)``: they come from the same forward pass.
 
-    For an ``nn.Sequential`` of ``Linear`` and ``Conv2d`` layers and layers without parameters, one backward pass goes
-    to the layers' outputs only. A sample's norm follows from each layer's input and output gradient; then one weighted
-    sum makes the result. A linear layer's per-sample gradients are never built, a convolution's only one layer at a
-    time. Any other model takes the general way.
+    A plain stack of known layers goes the quick way (see :mod:`dpteach.bookkeeping`), any other model the general one.
     """
-    number("max_grad_norm", max_grad_norm, low=0, above=True, below=False)
-    _check_model(model)
-    if len(X) == 0:
-        parameter = next(p for p in model.parameters() if p.requires_grad)
-        return parameter.new_zeros(_size(model)), parameter.new_zeros(0)
-    taps, h = [], X
-    for layer in _plain_layers(model) or ():
-        inputs, h = h, layer(h)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            taps.append((layer, inputs.detach(), h))
-    # A linear layer that a sample passes at many places (B, T, features) has no rank-one gradient.
-    if not taps or any(isinstance(layer, nn.Linear) and inputs.dim() != 2 for layer, inputs, _ in taps):
-        grads = clip(per_sample_gradients(model, loss_fn, X, y), max_grad_norm)
-        with torch.no_grad():
-            return grads.sum(0), _losses(loss_fn, model(X), y)
-    losses = _losses(loss_fn, h, y)
-    output_grads = torch.autograd.grad(losses.sum(), [output for _, _, output in taps])
-
-    with torch.no_grad():
-        records = [_Record(layer, a, g) for (layer, a, _), g in zip(taps, output_grads)]
-        norms = sum(record.squared_norms for record in records).sqrt()
-        factors = _clip_factors(norms, max_grad_norm)
-        return torch.cat([part for record in records for part in record.weighted_sum(factors)]), losses.detach()
+    clipping_norm(max_grad_norm)
+    check_model(model)
+    layers = plain_layers(model) if len(X) else None
+    quick = layers and clipped_sum_of_layers(
+        layers, X, lambda outputs: sample_losses(loss_fn, outputs, y),
+        lambda norms: _clip_factors(norms, max_grad_norm, torch.float32 if X.dtype != torch.float64 else X.dtype),
+    )
+    if quick:
+        return quick
+    grads, losses = _gradients_and_losses(model, loss_fn, X, y)
+    return clip(grads, max_grad_norm).sum(0), losses
 
 
 def add_noise(
-    summed: Tensor, noise_multiplier: float, max_grad_norm: float, generator: torch.Generator | None = None
+    summed: Tensor, noise_multiplier: float, max_grad_norm: float, generator: Random | None = None
 ) -> Tensor:
     """Add Gaussian noise of standard deviation σ·C to every coordinate of the *sum* of clipped gradients.
 
@@ -155,8 +195,8 @@ def add_noise(
         summed: ``(P,)``: the sum over the batch.
         noise_multiplier: σ >= 0, without a unit.
         max_grad_norm: C > 0, the norm that each sample was clipped to.
-        generator: where the randomness comes from; PyTorch's global one if not given. Ordinary random numbers: right
-            for learning, not for a release (Opacus' ``secure_mode`` is).
+        generator: where the randomness comes from: a ``torch.Generator``, which is right for learning, or ``SystemRandom()``
+            for a release; PyTorch's global one if not given.
 
     Returns:
         ``(P,)``, a new tensor.
@@ -167,78 +207,38 @@ def add_noise(
     Source: Abadi et al. 2016, Algorithm 1, "Add noise".
     """
     noise_multiplier = number("noise_multiplier", noise_multiplier, low=0)
-    max_grad_norm = number("max_grad_norm", max_grad_norm, low=0, above=True, below=False)
+    max_grad_norm = clipping_norm(max_grad_norm)
     if noise_multiplier == 0:
         return summed.clone()
     if math.isinf(max_grad_norm):
         raise ValueError("max_grad_norm must be finite where noise_multiplier > 0, got inf: the noise is σ·C")
+    if isinstance(generator, SystemRandom):
+        noise = generator.normal(summed.numel()).view(summed.shape).to(summed.device)
+        return (summed.double() + noise_multiplier * max_grad_norm * noise).to(summed.dtype)
     noise = torch.randn(summed.shape, generator=generator, dtype=summed.dtype)
     return summed + noise_multiplier * max_grad_norm * noise.to(summed.device)
 
 
-class _Record:
-    """What one layer's backward pass leaves behind: enough for its samples' norms and for their weighted sum."""
-
-    def __init__(self, layer: nn.Module, inputs: Tensor, output_grads: Tensor):
-        self.layer, self.a, self.g = layer, inputs, output_grads
-        if isinstance(layer, nn.Conv2d):
-            self.a = F.unfold(self.a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, K, L)
-            self.g = self.g.flatten(2)  # (B, O, L)
-            self.grads = self.g @ self.a.mT  # (B, O, K)
-            self.bias_grads = self.g.sum(2)  # (B, O)
-            self.squared_norms = self.grads.square().sum((1, 2)) + self._bias(self.bias_grads.square().sum(1))
-        else:
-            g2 = self.g.square().sum(1)
-            self.squared_norms = g2 * self.a.square().sum(1) + self._bias(g2)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
-
-    def _bias(self, value):
-        return 0.0 if self.layer.bias is None else value
-
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """Σ wᵢ·gradientᵢ of the layer's weight and of its bias, flattened. A sample of weight 0 leaves no trace."""
-        column = weights.unsqueeze(1)
-        if isinstance(self.layer, nn.Conv2d):
-            grads = torch.where(column > 0, self.grads.flatten(1) * column, 0.0)
-            parts = [grads.sum(0), torch.where(column > 0, self.bias_grads * column, 0.0).sum(0)]
-        else:
-            g = torch.where(column > 0, self.g * column, 0.0)
-            parts = [(g.mT @ torch.where(column > 0, self.a, 0.0)).flatten(), g.sum(0)]
-        return parts if self.layer.bias is not None else parts[:1]
+def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:
+    """What to multiply rows of these norms by: C/norm where that is below 1, a hair less, since ``dtype`` rounds; 0 for NaN."""
+    C = clipping_norm(max_grad_norm)
+    if math.isinf(C):
+        return norms.isfinite().double()
+    factors = torch.where(norms > C, C * (1 - max(4 * torch.finfo(dtype).eps, 1e-11)) / norms, 1.0)
+    return torch.where(norms.isfinite(), factors, 0.0)
 
 
-def _clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    C = number("max_grad_norm", max_grad_norm, low=0, above=True, below=False)
-    return torch.where(norms.isfinite(), (C / norms).clamp(max=1.0), 0.0)
-
-
-def _losses(loss_fn: LossFn, outputs: Tensor, y: Tensor) -> Tensor:
-    # One sample at a time, so that a loss that sums or weights over the batch cannot couple the samples.
-    if loss_fn is F.cross_entropy:
+def sample_losses(loss_fn: LossFn, outputs: Tensor, y: Tensor) -> Tensor:
+    """``(B,)``: ``loss_fn`` of each sample alone, so that a loss that sums or weights over the batch can't couple the samples."""
+    if loss_fn is F.cross_entropy and outputs.dim() == 2:
         return F.cross_entropy(outputs, y, reduction="none")
-    return vmap(lambda output, target: loss_fn(output.unsqueeze(0), target.unsqueeze(0)))(outputs, y)
+    return vmap(lambda output, target: _one_number(loss_fn(output.unsqueeze(0), target.unsqueeze(0))))(outputs, y)
 
 
-def _plain_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The model's layers in order, if book-keeping holds for them; else None."""
-    if type(model) is not nn.Sequential:
-        return None
-    layers: list[nn.Module] = []
-    for layer in model:
-        inner = _plain_layers(layer) if type(layer) is nn.Sequential else [layer]
-        if inner is None:
-            return None
-        layers += inner
-    taught = [layer for layer in layers if any(True for _ in layer.parameters())]
-    plain = all(
-        type(layer) is nn.Linear
-        or type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        for layer in taught
-    )
-    # Under weight_norm, spectral_norm or pruning the trained parameter is another one than the weight.
-    plain = plain and all(isinstance(layer.weight, nn.Parameter) for layer in taught)
-    alone = len({id(p) for layer in taught for p in layer.parameters()}) == sum(1 for layer in taught for _ in layer.parameters())
-    free = all(p.requires_grad for p in model.parameters()) and not any(getattr(layer, "inplace", False) for layer in layers)
-    return layers if plain and alone and free and taught else None
+def _one_number(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must give one number, got shape {tuple(loss.shape)}: take the mean (reduction='mean')")
+    return loss.reshape(())
 
 
 def _places(model: nn.Module) -> list[tuple[str, str]]:
@@ -254,17 +254,6 @@ def _places(model: nn.Module) -> list[tuple[str, str]]:
         for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
         if id(p) in names
     ]
-
-
-def _check_model(model: nn.Module) -> None:
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model must have at least one trainable parameter, got none")
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
-            raise ValueError(
-                f"model must treat each sample alone, got {type(layer).__name__} at {name or 'its root'!r}: it mixes the "
-                "samples of a batch, so no sample has a gradient of its own. Use GroupNorm or LayerNorm instead."
-            )
 
 
 def _size(model: nn.Module) -> int:

@@ -211,6 +211,8 @@ def _ticks(low: float, high: float, log: bool, most: int) -> list[float]:
         ticks = [10.0**e for e in range(first, last + 1, stride)]
         if sum(low <= t <= high for t in ticks) < 2:
             ticks = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+        if sum(low <= t <= high for t in ticks) < 2:
+            return _ticks(low, high, False, most)
     else:
         raw = (high - low) / most
         unit = 10.0 ** math.floor(math.log10(raw))
@@ -220,7 +222,10 @@ def _ticks(low: float, high: float, log: bool, most: int) -> list[float]:
 
 
 def _tick_text(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if value and not 1e-3 <= abs(value) < 1e5 else f"{value:g}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:g}"
+    digits, power = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

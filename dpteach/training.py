@@ -7,6 +7,7 @@ drains it in a thread. Nobody passes callbacks.
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpteach._checks import choice, number, whole
+from dpteach._checks import choice, clipping_norm, number, whole
 from dpteach.accounting import epsilon_path
+from dpteach.bookkeeping import draws, known_layers
 from dpteach.data import Data
-from dpteach.mechanism import add_noise, clipped_sum_and_losses, poisson_batches
+from dpteach.guards import RANDOM_LAYERS, RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, same_shape, shape_of
+from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, per_sample_gradients, poisson_batches, sample_losses
+from dpteach.randomness import SystemRandom
 
 METHODS = ("sgd", "dpsgd", "opacus")
 
@@ -63,13 +67,14 @@ class Settings:
 
     Args:
         noise_multiplier: σ >= 0. The noise on the clipped sum has standard deviation σ·C.
-        max_grad_norm: C > 0, the bound on the L2 norm of a sample's gradient; ``inf`` only where σ = 0.
+        max_grad_norm: C >= 1e-20, the bound on the L2 norm of a sample's gradient; ``inf`` only where σ = 0.
         epochs: passes over the data, >= 1. One epoch is ⌈n / batch_size⌉ steps.
         batch_size: >= 1 and at most the number of records. Under Poisson sampling each record takes part in a step
             with probability q = 1 / ⌈n / batch_size⌉, so the *expected* batch is n·q, the sizes vary.
         lr: learning rate > 0.
         target_delta: δ in (0, 1), the one at which ε is reported.
-        seed: >= 0; the same seed repeats the run bit for bit on one machine.
+        seed: >= 0; the same seed repeats the run bit for bit on one machine: for a lesson. None draws sampling and noise
+            from the operating system's cryptographic random numbers, which nobody can repeat: for a release.
 
     Raises:
         ValueError: names the argument, its value and what it may be.
@@ -85,16 +90,16 @@ class Settings:
     batch_size: int = 256
     lr: float = 0.5
     target_delta: float = 1e-5
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self):
         number("noise_multiplier", self.noise_multiplier, low=0)
-        number("max_grad_norm", self.max_grad_norm, low=0, above=True, below=False)
+        clipping_norm(self.max_grad_norm)
         if math.isinf(self.max_grad_norm) and self.noise_multiplier > 0:
             raise ValueError("max_grad_norm must be finite where noise_multiplier > 0, got inf: the noise is σ·C")
         number("lr", self.lr, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
-        for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        for name, low in (("epochs", 1), ("batch_size", 1), *([] if self.seed is None else [("seed", 0)])):
             object.__setattr__(self, name, whole(name, getattr(self, name), low=low))  # 10.0, as a slider says, is 10
 
     def steps_per_epoch(self, n: int) -> int:
@@ -155,16 +160,16 @@ def train(
         :class:`Step`, ``epochs * steps_per_epoch`` of them.
 
     Raises:
-        ValueError: at the call, if an argument is out of its range.
+        ValueError: at the call, if an argument is out of its range, or the model can't be trained privately: it has nothing to
+            train, mixes the samples of a batch, or keeps something of the records that no noise covers (see
+            :mod:`dpteach.guards`).
 
     Warns:
         UserWarning: if δ is 1/n or more: such a δ allows a mechanism that publishes one of the n records outright.
 
     Source: Abadi et al. 2016, Algorithm 1.
     """
-    choice("method", method, METHODS)
-    choice("optimizer", optimizer, OPTIMIZERS)
-    settings.steps_per_epoch(len(data))
+    check(model, data, settings, method=method, optimizer=optimizer)
     if method != "sgd" and settings.target_delta >= 1 / len(data):
         warnings.warn(delta_warning(settings, len(data)), stacklevel=2)
     updates = {"sgd": _sgd, "dpsgd": _dpsgd, "opacus": _opacus}[method]
@@ -172,6 +177,24 @@ def train(
     if method != "opacus":  # Opacus takes torch.optim's only
         make_optimizer = WITHOUT_IMPORTS.get(optimizer, make_optimizer)
     return _run(model, data, settings, updates, make_optimizer, test_data)
+
+
+def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dpsgd", optimizer: str = "sgd") -> None:
+    """Raise what :func:`train` would raise at its call; nothing is trained."""
+    choice("method", method, METHODS)
+    choice("optimizer", optimizer, OPTIMIZERS)
+    settings.steps_per_epoch(len(data))
+    if method == "sgd":
+        return check_trainable(model)
+    modes = {layer: layer.training for layer in model.modules()}
+    model.train()
+    try:
+        check_model(model)
+        if known_layers(model) is None:
+            check_alone(model, data.X[:64].to(next(model.parameters()).device))
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
 
 
 def delta_warning(settings: Settings, n: int) -> str:
@@ -195,6 +218,7 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
                           steps=steps, target_delta=settings.target_delta)
     )
     model.train()
+    model.zero_grad(set_to_none=True)  # an old gradient may be a private one
     optimizer = make_optimizer(model.parameters(), lr=settings.lr)
     losses = updates(model, data, settings, optimizer)
     try:
@@ -218,20 +242,56 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return right / len(data)
 
 
-def _generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
+def _generators(seed: int | None) -> tuple[Random, Random]:
     """One for the sampling and one for the noise: the same seed in both would tie the two together."""
-    seeds = np.random.SeedSequence(seed).generate_state(2, dtype=np.uint64)
-    sampling, noise = (torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds)
-    return sampling, noise
+    if seed is None:
+        return SystemRandom(), SystemRandom()
+    sampling, noise, _ = _seeds(seed)
+    return torch.Generator().manual_seed(sampling), torch.Generator().manual_seed(noise)
+
+
+def _seeds(seed: int | None) -> list[int]:
+    return [int(s >> np.uint64(1)) for s in np.random.SeedSequence(seed).generate_state(3, dtype=np.uint64)]
+
+
+def _own_random_numbers(model: nn.Module, seed: int | None):
+    """A context for each forward pass: Dropout draws from the run's own stream, and the reader's global one stays where it was.
+
+    PyTorch's layers know the global stream only, so it is swapped, where the model may draw at all, by one run at a time. Code of
+    the reader's that draws from the global stream in another thread at that moment gets the run's numbers.
+    """
+    device = next(model.parameters()).device
+    own = {"cpu": torch.Generator().manual_seed(_seeds(seed)[2]).get_state()}
+    if device.type == "cuda":
+        own["cuda"] = torch.Generator(device).manual_seed(_seeds(seed)[2]).get_state()
+    get = {"cpu": torch.get_rng_state, "cuda": lambda: torch.cuda.get_rng_state(device)}
+    put = {"cpu": torch.set_rng_state, "cuda": lambda state: torch.cuda.set_rng_state(state, device)}
+
+    @contextmanager
+    def swapped():
+        with RANDOM_STATE:
+            outside = {kind: get[kind]() for kind in own}
+            try:
+                for kind, state in own.items():
+                    put[kind](state)
+                yield
+            finally:
+                for kind, state in outside.items():
+                    own[kind] = get[kind]()
+                    put[kind](state)
+
+    return swapped if draws(model) else nullcontext
 
 
 def _sgd(model, data, settings, optimizer) -> Iterator[float]:
-    sampling, _ = _generators(settings.seed)
+    sampling = torch.Generator().manual_seed(_seeds(settings.seed)[0])
+    own_random_numbers = _own_random_numbers(model, settings.seed)
     for _ in range(settings.epochs):
         for batch in torch.randperm(len(data), generator=sampling).split(settings.batch_size):
             X, y = data[batch]
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(X), y)
+            with own_random_numbers():
+                loss = F.cross_entropy(model(X), y)
             loss.backward()
             optimizer.step()
             yield loss.item()
@@ -241,19 +301,23 @@ def _dpsgd(model, data, settings, optimizer) -> Iterator[float]:
     n, C = len(data), settings.max_grad_norm
     q = settings.sample_rate(n)
     sampling, noise = _generators(settings.seed)
+    own_random_numbers = _own_random_numbers(model, settings.seed)
     for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
         X, y = data[batch]
-        summed, losses = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)
+        still = kept_still if known_layers(model) is None else nullcontext
+        with still(model), own_random_numbers():
+            summed, losses = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)
         gradient = add_noise(summed, settings.noise_multiplier, C, noise) / (n * q)
         _set_gradient(model, gradient)
         optimizer.step()
+        model.zero_grad(set_to_none=True)  # no gradient stays for a later step, or leaves with the model
         yield losses.mean().item()  # NaN for an empty batch
 
 
 def _set_gradient(model: nn.Module, gradient: Tensor) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p, part in zip(trainable, gradient.split([p.numel() for p in trainable])):
-        p.grad = part.view_as(p)
+        p.grad = part.view_as(p).to(p.dtype)
 
 
 def _opacus(model, data, settings, optimizer) -> Iterator[float]:
@@ -261,32 +325,109 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
 
     n, device = len(data), data.X.device
     sampling, noise = _generators(settings.seed)
-    if noise.device != device:  # Opacus draws the noise where the model is
-        noise = torch.Generator(device).manual_seed(noise.initial_seed())
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=settings.batch_size, generator=sampling, collate_fn=lambda batch: batch
-    )
-    with warnings.catch_warnings():  # known here (see add_noise); to a reader's own PrivacyEngine it is still said
-        warnings.filterwarnings("ignore", message="Secure RNG turned off")
-        engine = PrivacyEngine(accountant="rdp")
-    private, optimizer, loader = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader, noise_generator=noise,
-        noise_multiplier=settings.noise_multiplier,
-        max_grad_norm=min(settings.max_grad_norm, torch.finfo(torch.float32).max),  # σ·C would be 0·inf = NaN
-    )
-    # Opacus rounds 1/q and n·q down: 92 steps where 93 were meant, a batch of 3 for 10/3, and of 0 for 49 · (1/49).
-    loader.batch_sampler.steps = settings.steps_per_epoch(n)
-    optimizer.expected_batch_size = n * settings.sample_rate(n)
+    own_random_numbers = _own_random_numbers(model, settings.seed)
+    seeded = None if settings.seed is None else noise
+    if seeded and device.type != "cpu":  # Opacus draws the noise where the model is
+        seeded = torch.Generator(device).manual_seed(noise.initial_seed())
     # No input asks for a gradient, and the parameters' gradients are right all the same. A filter that stays, since a
     # generator cannot hold warnings.catch_warnings open between its steps.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    _check_gradients(model, data.X[:64], data.y[:64])
+    known = known_layers(model)
+    loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size)
+    with warnings.catch_warnings():  # known here (see SystemRandom); to a reader's own PrivacyEngine it is still said
+        warnings.filterwarnings("ignore", message="Secure RNG turned off")
+        engine = PrivacyEngine(accountant="rdp")
+    private, optimizer, _ = engine.make_private(
+        module=model, optimizer=optimizer, data_loader=loader, noise_generator=seeded,
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=min(settings.max_grad_norm, torch.finfo(torch.float32).max),  # σ·C would be 0·inf = NaN
+    )
+    # Opacus rounds n·q down, to 3 for 10/3 and to 0 for 49 · (1/49). Its loader, which is not used here, rounds 1/q down (92
+    # steps where 93 were meant) and draws q on a grid of 2⁻²⁴.
+    q = settings.sample_rate(n)
+    optimizer.expected_batch_size = n * q
+    if settings.seed is None:
+        optimizer.add_noise = lambda: _noise_from_the_system(optimizer, noise)
+    still = kept_still if known is None else nullcontext
+    shape = shape_of(model)
     try:
-        for _ in range(settings.epochs):
-            for X, y in loader:
-                optimizer.zero_grad()
-                loss = F.cross_entropy(private(X), y)
-                loss.backward()
-                optimizer.step()
-                yield loss.item()
+        for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
+            X, y = data[batch]
+            if not same_shape(shape, shape_of(model)):
+                raise ValueError("model must stay as it is while Opacus trains it: a layer or a hook has changed since the run began")
+            if len(batch):
+                with still(model):
+                    with own_random_numbers():
+                        losses = sample_losses(F.cross_entropy, private(X), y)
+                    # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it does not ignore.
+                    (losses.sum() / len(X)).backward()
+                _check_rows(optimizer, len(X))
+            else:  # some layers can't run on nothing, and that would tell
+                losses = X.new_zeros(0)
+                for p in optimizer.params:
+                    p.grad_sample = p.new_zeros(0, *p.shape)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # the clipped sum, without noise, is kept on the parameters until then
+            yield losses.mean().item()
     finally:
         private.to_standard_module()
+        model.zero_grad(set_to_none=True)
+        for part, names in ((model.parameters(), ("grad_sample", "summed_grad")), (model.modules(), ("activations", "max_batch_len"))):
+            for holder in part:
+                for name in names:  # of the records, and pickled with a whole model
+                    if name in vars(holder):
+                        delattr(holder, name)
+
+
+def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
+    """Opacus' gradients of a few records must be those of each record alone: it takes the first dimension of each layer's input,
+    whatever the model has made of it, for the records.
+    """
+    from opacus import GradSampleModule
+
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise ValueError("model must be float32 or float64 with method='opacus', which sums in the model's precision: use model.float()")
+    finite = X.flatten(1).isfinite().all(1) if X.is_floating_point() else torch.ones(len(X), dtype=torch.bool)
+    X, y = X[finite][:3], y[finite][:3]
+    if len(X) == 0:
+        return
+    still = copied(model).train()
+    for layer in still.modules():
+        if isinstance(layer, RANDOM_LAYERS):
+            layer.training = False
+    rows = per_sample_gradients(still, F.cross_entropy, X, y)
+    wrapped = GradSampleModule(copied(still))
+    (sample_losses(F.cross_entropy, wrapped(X), y).sum() / len(X)).backward()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    theirs = [p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained]
+    if any(len(part) != len(X) for part in theirs) or not torch.allclose(
+        torch.cat(theirs, 1), rows, rtol=1e-3, atol=1e-4 * float(rows.nan_to_num().abs().max()) + 1e-12, equal_nan=True
+    ):
+        raise ValueError(
+            "model must treat each sample alone along the first dimension in every layer, but Opacus' gradients of three records are "
+            "not those of each record alone: clipping would bound something else. Use method='dpsgd', which takes each record alone."
+        )
+
+
+def _check_rows(optimizer, records: int) -> None:
+    """One gradient a record, and finite: Opacus turns an infinity into a model of NaN, which tells that the record took part. It
+    counts as zero, as in ``clip``.
+    """
+    for p in optimizer.params:
+        if p.grad_sample is None:  # a parameter that this batch did not use
+            p.grad_sample = p.new_zeros(records, *p.shape)
+        if len(p.grad_sample) != records:
+            raise ValueError(
+                f"model must treat each sample alone, but Opacus found {len(p.grad_sample)} gradients for {records} records: a layer sees "
+                "another first dimension. Use method='dpsgd', which takes each record alone."
+            )
+    finite = torch.stack([p.grad_sample.flatten(1).isfinite().all(1) for p in optimizer.params]).all(0)
+    if not bool(finite.all()):
+        for p in optimizer.params:
+            p.grad_sample[~finite] = 0.0
+
+
+def _noise_from_the_system(optimizer, noise: SystemRandom) -> None:
+    for p in optimizer.params:
+        p.grad = add_noise(p.summed_grad, optimizer.noise_multiplier, optimizer.max_grad_norm, noise).view_as(p)

@@ -271,6 +271,19 @@ class LabPage:
                 self.page.wait_for_timeout(1000 * seconds / len(shares))
         mouse.up()
 
+    def type(self, words: str, text: str) -> None:
+        """Type a number into the slider's readout."""
+        number = self.slider(words).locator(".widget-readout")
+        number.click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Enter")
+
+    def still_to_be(self, words: str, shown: str) -> bool:
+        """Whether the readout shows this, and does so half a second later."""
+        self.page.wait_for_timeout(500)
+        return self.readout(words) == shown
+
     def place(self, words: str = "") -> float:
         """Where the slider's handle stands: 0 left, 1 right."""
         track, handle = (self.slider(words).locator(name).bounding_box() for name in (".noUi-base", ".noUi-handle"))

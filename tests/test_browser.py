@@ -1,5 +1,7 @@
 """The explorer in a real JupyterLab: drags by mouse, frames as the page shows them, and what goes wrong around it."""
 
+import time
+import ast
 import re
 import statistics
 
@@ -126,6 +128,64 @@ def test_training_goes_on_while_another_cell_runs(lab):
     lab.stop()
 
 
+def settings_of_the_run(lab) -> dict:
+    return ast.literal_eval(lab.execute("explorer.stop(); explorer.wait(); print(vars(explorer._run.settings))"))
+
+
+def show_all_sliders(lab) -> None:
+    if not lab.slider("batch size").is_visible():
+        lab.click("More:")
+        lab.slider("batch size").wait_for()
+
+
+@pytest.mark.parametrize("typed, shown", [("4", "4.00"), ("3.14159", "3.14159"), ("0.123456789", "0.123"), ("100", "10.0")])
+def test_a_typed_value_runs_as_typed_and_the_readout_says_it(lab, typed, shown):
+    lab.type("noise multiplier", typed)
+    lab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {float(shown):g},')")
+    assert lab.still_to_be("noise multiplier", shown)
+    assert settings_of_the_run(lab)["noise_multiplier"] == float(shown)
+
+
+def test_a_value_set_by_code_is_what_runs_and_what_the_page_shows(lab):
+    show_all_sliders(lab)
+    lab.execute("for name, value in (('noise_multiplier', 8.0), ('batch_size', 1000), ('lr', 0.3)): explorer.controls[name].value = value")
+    lab.until("f.alt.startsWith('σ = 8,')")
+    for words, shown in (("noise multiplier", "8.00"), ("batch size", "1000"), ("learning rate", "0.300")):
+        assert lab.still_to_be(words, shown)
+    run = settings_of_the_run(lab)
+    assert (run["noise_multiplier"], run["batch_size"], run["lr"]) == (8.0, 1000, 0.3)
+
+
+def test_a_dragged_value_runs_as_its_readout_says(lab):
+    show_all_sliders(lab)
+    for words in ("noise multiplier", "clipping norm", "learning rate", "batch size"):
+        lab.drag(words, [0.35, 0.617])
+    shown = [float(lab.readout(words)) for words in ("noise multiplier", "clipping norm", "learning rate", "batch size")]
+    lab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {shown[0]:g}, C = {shown[1]:g},')")
+    names = ("noise_multiplier", "max_grad_norm", "lr", "batch_size")
+    deadline = time.monotonic() + 15  # the picture's words say σ and C; the last slider's change may still be on its way
+    while [settings_of_the_run(lab)[name] for name in names] != shown and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run = settings_of_the_run(lab)
+    assert [run[name] for name in names] == shown
+
+
+def test_run_all_with_two_explorers_trains_each_once(lab_folder, address, browser):
+    """The page's own rounding of the first one's values comes late, while the second one is at work."""
+    cells = ["import torch\nfrom dpteach import Explorer, Range, Settings, models, two_moons\ntorch.set_num_threads(1)"]
+    for name, epochs in (("first", 2), ("second", 300)):
+        cells += [f"{name} = Explorer(two_moons(2000), models.mlp, Settings(0.77, 1.3, epochs={epochs}, lr=2.0, batch_size=250), "
+                  f"ranges={{'epochs': Range(1, 1000, whole=True)}})\n{name}", f"{name}.wait()\nprint({name}.summary())"]
+    lab = new_page(browser).open(address, new_notebook(lab_folder, "two.ipynb", *cells)).run_all()
+    lab.look_at(1).watch()
+    lab.click("More:")
+    lab.slider("batch size").wait_for()
+    lab.page.wait_for_timeout(1500)
+    assert lab.execute("print(first._generation, second._generation)").split() == ["2", "1"]  # the second's start was a halt
+    assert lab.frames()[-1]["status"].startswith("Finished") and "(PRV" in lab.cell.inner_text()
+    lab.close()
+
+
 def test_the_picture_speaks_its_figures(lab):
     lab.until(r"/σ = 0.77, C = 1.3, 600 epochs. Loss by step: \d\.\d at the end/.test(f.alt)"
               r" && /ε by step: at most [\d.]+ after step \d+ of 4800/.test(f.alt)")
@@ -198,6 +258,11 @@ def test_after_a_restart_of_the_kernel_the_cell_runs_again(lab):
     lab.page.evaluate(f"() => {NOTEBOOK}.sessionContext.session.kernel.restart()")
     assert lab.trainers() == 0
     assert "Traceback" not in lab.cell.inner_text() and lab.failures() == []
+    left = lab.cell.locator(".dpteach").first
+    lab.page.wait_for_function("() => !document.querySelector('.dpteach button')?.checkVisibility()")
+    assert left.inner_text().strip() == "The kernel was restarted or has ended. Run this cell again, and the cells above it first."
+    icons = "box => [box, ...box.querySelectorAll('*')].filter(e => e.checkVisibility() && getComputedStyle(e, '::before').content !== 'none')"
+    assert left.evaluate(f"box => ({icons})(box).length") == 0
     lab.run_cell().watch()
     assert lab.trainers() == 1
     answers_a_drag(lab)

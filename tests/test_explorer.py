@@ -1,15 +1,20 @@
 """The explorer without a browser: one thread, the newest setting, no traceback."""
 
+import dataclasses
 import math
+import re
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from torch import nn
 
 from dpteach import models, plots
 from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
+from dpteach.explorer.live import RANGES as ALL_RANGES
+from dpteach.explorer.live import read, show_digits, slider_for
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
 from dpteach.training import Settings, train
@@ -95,7 +100,7 @@ def test_start_after_stop_begins_again(explore):
     assert explorer.steps[0].step == 1
 
 
-@pytest.mark.parametrize("echo", [1.0000000000000002, 0.9999999999999994, 1.002])
+@pytest.mark.parametrize("echo", [1.0000000000000002, 0.9999999999999994, 1.00000000000003])
 def test_a_browsers_echo_of_a_value_does_not_train_again(explore, echo):
     explorer = explore()
     explorer.wait(30)
@@ -105,18 +110,109 @@ def test_a_browsers_echo_of_a_value_does_not_train_again(explore, echo):
     assert explorer.settings.max_grad_norm == 1.0
 
 
-def test_the_baseline_is_trained_once_for_all_noise_and_clipping(explore, monkeypatch):
+def test_a_late_echo_from_the_page_does_not_take_the_turn_of_another_explorer(explore):
+    first = explore()
+    first.wait(30)
+    status, price = first.status, first._price_line.value
+    second = explore(LONG)
+    wait_for(lambda: second.steps)
+    for name in ("max_grad_norm", "lr"):
+        first.controls[name].value *= 1 + 1e-15
+    assert (first.status, first._price_line.value, first._generation) == (status, price, 2) and "(PRV" in price
+    assert second._generation == 1 and second._thread is not None
+
+
+def test_after_a_stop_only_a_real_change_trains_again(explore):
+    explorer = explore(LONG)
+    wait_for(lambda: explorer.steps)
+    explorer.stop()
+    explorer.wait(10)
+    explorer.controls["max_grad_norm"].value = 1.0000000000000002
+    assert explorer._thread is None and explorer.status.startswith("Stopped")
+    explorer.controls["max_grad_norm"].value = 2.0
+    wait_for(lambda: explorer._run.settings.max_grad_norm == 2.0)
+
+
+ECHO = 1 + 3e-15  # a page's own rounding
+
+
+@pytest.mark.parametrize("name, value, seen", [
+    ("noise_multiplier", 8.0, "8.00"), ("noise_multiplier", 3.14159, "3.14159"), ("noise_multiplier", 8.0168317, "8.02"),
+    ("noise_multiplier", 0.1, "0.100"), ("noise_multiplier", 0.123456789, "0.123"), ("batch_size", 4000, "4000"),
+    ("batch_size", 4002.3, "4002"), ("epochs", 31, "31"), ("prior", 0.333, "0.333"), ("prior", 0.33333333, "0.33"),
+    ("prior", 0.5, "0.50"), ("target_delta", 1e-5, "1e-5"), ("target_delta", 1.1220185e-5, "1.12e-5"), ("lr", 0.05, "0.0500"),
+])
+def test_the_run_is_what_the_readout_says(name, value, seen):
+    slider = slider_for(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), ALL_RANGES[name])
+    for sent in (value, value * (1 if name == "epochs" else ECHO)):
+        slider.value = sent
+        run = read(slider)
+        show_digits(slider, run)
+        said = f"{run:{slider.readout_format}}".replace("e-0", "e-")
+        if slider.readout_format.endswith("g"):  # JavaScript keeps the zeros at the end
+            said = f"{run:#{slider.readout_format}}".rstrip(".")
+        assert said == seen and float(said) == run
+
+
+def test_a_start_value_of_many_digits_runs_as_it_is(explore):
+    explorer = explore(dataclasses.replace(QUICK, noise_multiplier=1.0683593750001, lr=1 / 3))
+    explorer.controls["noise_multiplier"].value *= ECHO
+    explorer.wait(30)
+    assert explorer._run.settings.noise_multiplier == 1.0683593750001 and explorer._run.settings.lr == 1 / 3
+
+
+def test_the_baseline_is_trained_once_for_all_noise_clipping_and_learning_rates(explore, monkeypatch):
     import dpteach.explorer.training as room
 
-    methods = []
-    monkeypatch.setattr(room, "train", lambda *a, **k: methods.append(k["method"]) or train(*a, **k))
+    runs = []
+    monkeypatch.setattr(room, "train", lambda *a, **k: runs.append((k["method"], a[2].lr)) or train(*a, **k))
     explorer = explore()
     explorer.wait(30)
-    for name in ("noise_multiplier", "max_grad_norm"):
+    for name in ("noise_multiplier", "max_grad_norm", "lr"):
         explorer.controls[name].value = 2.0
         explorer.wait(30)
-    assert methods.count("sgd") == 1 and methods.count("dpsgd") == 3
+    assert sorted(runs) == [("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 2.0), ("sgd", 1.0)]
     assert [s.step for s in explorer._run.baseline] == [s.step for s in explorer.steps]
+    assert explorer.summary().endswith("% at learning rate 1.") and "learning rate 2;" in explorer.summary()
+
+
+def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
+    explorer = explore(dataclasses.replace(QUICK, lr=0.01), optimizer="adam", baseline_lr=1.5)
+    explorer.wait(30)
+    plain = dataclasses.replace(QUICK, lr=1.5)
+    assert explorer._run.baseline == list(train(models.mlp(), two_moons(400), plain, method="sgd", test_data=two_moons(400)))
+    assert explorer.summary().endswith("% at learning rate 1.5.")
+    with pytest.raises(ValueError, match="baseline_lr must be a number > 0 and finite, got -1"):
+        explore(baseline_lr=-1)
+
+
+def test_the_curve_of_the_budget_ends_on_the_line_of_the_whole_run_and_never_above(explore):
+    explorer = explore()
+    explorer.wait(30)
+    assert explorer._run.exact < explorer._run.price
+    curve, line = explorer._panels()[1].items
+    assert max(curve.ys) == curve.ys[-1] == pytest.approx(line.y, rel=1e-9) and line.label == "whole run (RDP)"
+
+
+def test_a_long_run_says_so_and_an_empty_batch_is_not_a_loss(explore):
+    heard = []
+    explorer = explore(Settings(epochs=500, batch_size=1, lr=0.01))
+    explorer._status_line.observe(lambda change: heard.append(change["new"]), "value")
+    wait_for(lambda: "minute" in explorer.status, 30)
+    told = r"This run has 200,000 steps and takes about \d+ minutes?\. Stop ends it\."
+    assert re.search(told, explorer._price_line.value) and re.fullmatch(told, explorer._spoken.value)
+    assert re.search(r"step \d+ of 200000, about \d+ minutes? to go, ", explorer.status)
+    wait_for(lambda: any("an empty batch" in words for words in heard))
+    assert "nan" not in "".join(heard)
+    explorer.stop()
+    explorer.wait(10)
+    assert "only" in explorer.summary() and "of 200000 steps have run, and ε is that of all" in explorer.summary()
+
+
+def test_a_short_run_says_nothing_of_minutes(explore):
+    explorer = explore(Settings(epochs=500, batch_size=100, lr=1.0))  # long enough to be timed
+    explorer.wait(50)
+    assert "minute" not in explorer._price_line.value + explorer.status
 
 
 def test_a_new_explorer_stops_the_one_before(explore):
@@ -149,6 +245,37 @@ def test_a_model_that_fails_is_one_sentence_and_no_traceback(explore, capfd):
     assert explorer.summary() == explorer.status
     assert isinstance(explorer.error, RuntimeError)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_model_that_train_refuses_is_one_sentence(explore, federate):
+    def mixing():
+        return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    for make in (explore, federate):
+        explorer = make(make_model=mixing)
+        explorer.wait(10)
+        assert re.fullmatch(r"Can't go on: model must treat each sample alone, got BatchNorm1d[^\n]*", explorer.status)
+
+
+def test_without_a_seed_a_run_trains_and_is_never_the_same(explore, federate):
+    for make in (explore, federate):
+        explorer = make(Settings(1.2, epochs=1, batch_size=100, lr=0.5, seed=None), make_model=lambda: nn.Linear(2, 2))
+        losses = []
+        for _ in range(2):
+            explorer.start()
+            explorer.wait(30)
+            assert explorer.status.startswith("Finished")
+            losses.append([s.loss for s in explorer.steps] if make is explore else explorer.rounds[0].losses)
+        assert losses[0] != losses[1]
+
+
+def test_an_error_of_many_lines_shows_its_first(explore):
+    def broken():
+        raise RuntimeError("shapes differ\nsee the manual")
+
+    explorer = explore(make_model=broken)
+    explorer.wait(10)
+    assert explorer.status == "Can't go on: shapes differ"
 
 
 def test_a_batch_larger_than_the_data_is_one_sentence_in_the_status_line(explore):
@@ -326,6 +453,104 @@ def test_the_playground_keeps_runs_side_by_side():
         playground.explorer.stop()
 
 
+@pytest.fixture
+def play():
+    made = []
+
+    def make(settings=QUICK, **more):
+        scenes = {name: Scene(two_moons(n), models.mlp, dataclasses.replace(settings, lr=lr), two_moons(200, 9), baseline_lr=1.0)
+                  for name, n, lr in (("a", 300, 1.0), ("b", 200, 0.5))}
+        made.append(Playground(scenes, **more))
+        return made[-1]
+
+    yield make
+    for playground in made:
+        playground.explorer.stop()
+        playground.wait(10)
+
+
+def test_a_run_that_was_stopped_is_not_pinned(play):
+    playground = play(LONG)
+    wait_for(lambda: playground.explorer.steps and playground.explorer.steps[-1].epoch > 2)
+    assert "Nothing to pin yet" in playground._try_to_pin()
+    playground.explorer.stop()
+    playground.wait(10)
+    playground.explorer._run.exact = 1.0  # the price of the whole run may be known long before its end
+    playground.pin()
+    assert playground._note.value == "Nothing to pin: this run did not finish. Press Start to train again."
+    assert playground.pinned == []
+
+
+def test_the_same_run_is_pinned_once(play):
+    playground = play()
+    for again in (False, True):
+        if again:
+            playground.explorer.start()
+        playground.wait(30)
+        playground.pin()
+    assert len(playground.pinned) == 1 and playground._note.value == "This run is pinned already: it is run 1."
+
+
+def test_the_picture_of_a_single_pin_has_ticks_on_both_axes(play):
+    playground = play()
+    playground.wait(30)
+    playground.pin()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", playground._kept.value)
+    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in texts) >= 4
+    assert len(playground.still().axes[0].get_xticks()) >= 2
+
+
+def test_the_pinned_runs_without_privacy_are_those_of_the_pins(play):
+    playground = play()
+    for epochs in (2, 2, 9):
+        playground.explorer.controls["noise_multiplier"].value = 1.0 if not playground.pinned else 2.0
+        playground.explorer.controls["epochs"].value = epochs
+        playground.wait(30)
+        playground.pin()
+        without = playground._panels()[0].items[1]
+        expected = [pin.accuracy_without_privacy for pin in playground.pinned]
+        if epochs == 2:
+            assert isinstance(without, plots.Mark) and [without.y] * len(expected) == expected
+    assert len(set(expected)) == 2 and list(without.ys) == expected
+    assert f"without privacy {', '.join(f'{e:.0%}' for e in expected)}" in playground.summary()
+
+
+def test_a_menu_keeps_the_sliders_that_were_moved(play):
+    playground = play()
+    playground.explorer.controls["noise_multiplier"].value = 6.25
+    playground.explorer.controls["batch_size"].value = 250
+    for menu, choice in (("optimizer", "adam"), ("method", "opacus")):
+        playground.menus[menu].value = choice
+        assert playground.explorer.settings == dataclasses.replace(QUICK, noise_multiplier=6.25, batch_size=250)
+    playground.menus["scene"].value = "b"  # 200 records; its own learning rate, which nobody has moved
+    assert playground.explorer.settings == dataclasses.replace(QUICK, noise_multiplier=6.25, batch_size=200, lr=0.5)
+    playground.wait(60)
+    assert playground.explorer.status.startswith("Finished")
+
+
+def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_sliders_say(play):
+    playground = play()
+    playground.wait(30)
+    before = playground.explorer._run.baseline
+    playground.explorer.controls["lr"].value = 0.1
+    playground.menus["optimizer"].value = "adam"
+    playground.wait(30)
+    assert playground.explorer._run.settings.lr == 0.1 and playground.explorer._run.baseline == before
+
+
+@pytest.mark.parametrize("value, text", [(150_000, "1.5e5"), (100_000, "1e5"), (1_250_000, "1.25e6"), (99_999, "99999"),
+                                         (0, "0"), (-200_000, "-2e5"), (0.00015, "1.5e-4"), (0.001, "0.001"), (0.3, "0.3")])
+def test_a_tick_says_its_value(value, text):
+    assert plots._tick_text(value) == text and float(text) == value
+
+
+@pytest.mark.parametrize("low, high", [(12.2, 16.2), (0.3, 0.4), (1.0, 1.02), (0.5, 5), (1e-8, 1e-2)])
+def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
+    ticks = plots._ticks(low, high, True, 5)
+    assert len(ticks) >= 2 and all(low <= tick <= high for tick in ticks)
+    assert len({plots._tick_text(tick) for tick in ticks}) == len(ticks)
+
+
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
     import dpteach.explorer.training as room
 
@@ -355,9 +580,8 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
 def federate():
     made = []
 
-    def make(**more):
-        settings = more.pop("settings", Settings(1.2, epochs=1, batch_size=50, lr=1.0))
-        made.append(FederatedExplorer(two_moons(400), models.mlp, settings, test_data=two_moons(200, seed=1), **more))
+    def make(settings=Settings(1.2, epochs=1, batch_size=50, lr=1.0), make_model=models.mlp, **more):
+        made.append(FederatedExplorer(two_moons(400), make_model, settings, test_data=two_moons(200, seed=1), **more))
         return made[-1]
 
     yield make
@@ -406,6 +630,18 @@ def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
     explorer.stop()
     explorer.wait(2)
     assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")
+
+
+def test_a_long_federation_says_so_before_its_first_round_ends(federate):
+    explorer = federate(rounds=20, settings=Settings(1.2, epochs=20_000, batch_size=50, lr=0.1))
+    wait_for(lambda: "minutes to go" in explorer.status, 30)
+    assert re.search(r"This run has 3,200,000 steps and takes about \d+ minutes\. Stop ends it\.", explorer._price_line.value)
+
+
+def test_the_federations_accuracy_is_of_records_not_images(federate):
+    explorer = federate(rounds=1)
+    explorer.wait(30)
+    assert explorer._panels()[2].y_label == "share of test records right"
 
 
 def test_one_training_at_a_time_of_whatever_kind(explore, federate):

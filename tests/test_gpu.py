@@ -127,3 +127,12 @@ def test_divergence_is_seen_on_the_gpu():
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
     assert diverged(model, MOONS)
+
+
+@private_methods
+def test_a_run_without_a_seed_trains_on_the_gpu_and_never_repeats(method):
+    models_ = [on_gpu(), on_gpu()]
+    for model in models_:
+        steps = list(train(model, MOONS, Settings(noise_multiplier=1.2, epochs=1, batch_size=50, seed=None), method=method))
+        assert len(steps) == 8 and all(p.is_cuda and bool(p.isfinite().all()) for p in model.parameters())
+    assert not torch.allclose(flat(models_[0]), flat(models_[1]))

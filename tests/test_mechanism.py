@@ -20,6 +20,7 @@ from dpteach.mechanism import (
     per_sample_gradients,
     poisson_batches,
 )
+from dpteach.randomness import SystemRandom
 
 SLACK = 1e-5  # what float32 may round away, relative to C
 
@@ -83,11 +84,69 @@ def test_clip_leaves_short_gradients_alone_and_shortens_the_others_to_c_without_
     assert torch.allclose(clipped.double(), wanted.nan_to_num(), rtol=SLACK, atol=SLACK * C)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
-def test_a_gradient_that_is_not_finite_or_overflows_counts_as_zero_and_harms_no_other(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_counts_as_zero_and_harms_no_other(bad):
     grads = torch.tensor([[3.0, 4.0], [bad, bad], [0.0, 0.5]])
     assert torch.equal(clip(grads, 1.0)[1], torch.zeros(2))
     assert torch.equal(clip(grads, 1.0)[[0, 2]], clip(grads[[0, 2]], 1.0))
+
+
+@pytest.mark.parametrize("size", [3e19, 1e30, 3e38])
+def test_a_gradient_that_is_huge_but_finite_is_clipped_and_not_dropped(size):
+    for grads in (torch.full((1, 6), size), torch.full((1, 6), size, dtype=torch.float64), torch.full((1, 6), 1e307, dtype=torch.float64)):
+        for C in (1.0, 1e-6):
+            assert float(clip(grads, C).double().norm()) == pytest.approx(C, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("C", [1e-20, 1e-12, 1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("P", [1, 1000, 1_000_000])
+def test_no_row_is_longer_than_c_after_clipping_at_any_size_and_precision(P, C, dtype):
+    generator = torch.Generator().manual_seed(P)
+    for scale in (1e-6 if dtype == torch.float16 else 1e-22, 1.0, 6e4 if dtype == torch.float16 else 1e30):
+        rows = (torch.rand(3, P, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        assert bool((clip(rows, C).double().norm(dim=1) <= C).all())
+
+
+def test_no_row_is_longer_than_c_after_clipping_25_million_numbers():
+    assert float(clip(torch.rand(1, 25_000_000), 1.0).double().norm()) <= 1.0
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 3, 5), ()])
+def test_clip_takes_one_flattened_gradient_a_row_only(shape):
+    with pytest.raises(ValueError, match=r"per_sample_grads must have shape \(B, P\).*use flatten\(1\)"):
+        clip(torch.ones(shape), 1.0)
+
+
+def test_a_crafted_record_does_not_pass_the_quick_sum_with_more_than_c():
+    """x = 1e19 and weights of zero: norms that overflow float32, and factors that it can hardly hold."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    for x in (1e10, 1e19, 1e30, 3e38):
+        for C in (1e-20, 1e-6, 1.0):
+            X, y = torch.full((1, 4), x), torch.tensor([0])
+            assert float(clipped_sum(model, F.cross_entropy, X, y, C).double().norm()) <= C
+
+
+def test_a_record_whose_squares_vanish_in_float32_is_clipped_by_the_quick_sum():
+    model = nn.Sequential(nn.Linear(4_000_000, 2, bias=False))
+    nn.init.zeros_(model[0].weight)
+    summed = clipped_sum(model, F.cross_entropy, torch.full((1, 4_000_000), 1e-22), torch.tensor([0]), 1e-20)
+    assert float(summed.double().norm()) == pytest.approx(1e-20, rel=1e-5) and float(summed.double().norm()) <= 1e-20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mlp", "custom module", "stride, padding, dilation"])
+def test_a_model_of_half_precision_is_clipped_in_float32(name, dtype):
+    model, X, y, _ = setup(name, batch=64)
+    model, X = model.to(dtype), X.to(dtype)
+    for C in (0.01, 1.0):
+        summed = clipped_sum(model, F.cross_entropy, X, y, C)
+        assert summed.dtype == torch.float32
+        for k in range(3):
+            moved = summed - clipped_sum(model, F.cross_entropy, torch.cat([X[:k], X[k + 1:]]), torch.cat([y[:k], y[k + 1:]]), C)
+            assert float(moved.norm()) <= C * (1 + SLACK)
 
 
 def test_infinite_c_clips_nothing():
@@ -208,8 +267,8 @@ def test_clipped_sum_is_the_sum_of_the_clipped_per_sample_gradients(name, monkey
     grads = gradients_by_a_loop(model, F.cross_entropy, X, y)
     C = float(grads.norm(dim=1).median())  # some are clipped, some are not
     general = []
-    monkeypatch.setattr(
-        mechanism, "per_sample_gradients", lambda *args: general.append(1) or per_sample_gradients(*args))
+    way = mechanism._gradients_and_losses
+    monkeypatch.setattr(mechanism, "_gradients_and_losses", lambda *args: general.append(1) or way(*args))
 
     summed, losses = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)
 
@@ -399,6 +458,38 @@ def test_a_batch_lists_records_once_in_order_and_there_are_as_many_batches_as_as
         assert set(batch.tolist()) <= set(range(n)) and batch.tolist() == sorted(set(batch.tolist()))
 
 
+class Replayed(SystemRandom):
+    """Uniform numbers that are given; they are asked for in this order."""
+
+    def __init__(self, *draws):
+        self.draws = list(draws)
+
+    def uniform(self, n):
+        given = torch.tensor(self.draws.pop(0), dtype=torch.float64)
+        assert len(given) == n
+        return given
+
+
+def test_sampling_is_exact_to_q_on_a_grid_of_53_bits():
+    """Below its cell a number is taken, above it is not, and within it another draw decides with what is left of q."""
+    cell = 2.0**-53
+    q = 5.25 * cell
+    (batch,) = poisson_batches(4, q, 1, Replayed([4 * cell, 5 * cell, 6 * cell, 5 * cell], [0.2499, 0.25]))
+    assert batch.tolist() == [0, 1]
+    (batch,) = poisson_batches(2, cell * cell / 2, 1, Replayed([0.0, cell], [0.0], [0.4]))  # q below the grid, twice
+    assert batch.tolist() == [0]
+    (batch,) = poisson_batches(3, 1 / 3, 1, Replayed([1 / 3 - cell, 1 / 3, 1 / 3 + cell]))  # q on the grid: no other draw
+    assert batch.tolist() == [0]
+
+
+@pytest.mark.parametrize("q", [6e-9, 1e-5, 0.3])
+def test_a_small_sample_rate_is_not_rounded_up(q):
+    n = 4_000_000
+    steps = 25 if q < 1e-6 else 5
+    taken_ = sum(len(batch) for batch in poisson_batches(n, q, steps, generator(1)))
+    assert abs(taken_ - n * steps * q) < 5 * math.sqrt(n * steps * q) + 3
+
+
 def test_at_sample_rate_one_everybody_takes_part():
     assert all(batch.tolist() == list(range(30)) for batch in poisson_batches(30, 1.0, 20))
 
@@ -419,6 +510,12 @@ def test_clipping_norms_that_clip_nothing_or_everything_are_refused(refuses, val
     ):
         with refuses("max_grad_norm", value):
             call()
+
+
+@pytest.mark.parametrize("value", [1e-21, 1e-300, 5e-324])
+def test_clipping_norms_that_float32_cannot_hold_gradients_for_are_refused(refuses, value):
+    with refuses("max_grad_norm", value):
+        clip(torch.ones(2, 3), value)
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, *NOT_NUMBERS])

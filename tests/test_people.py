@@ -113,6 +113,35 @@ def test_an_arrow_key_moves_a_slider_and_a_new_frame_answers(lab, kind):
     lab.page.wait_for_function("text => document.activeElement.getAttribute('aria-valuetext') === text", arg=after)
 
 
+def keys(lab, words: str, *names: str) -> list[str]:
+    """What the slider's readout says after each key."""
+    lab.slider(words).locator(".noUi-handle").focus()
+    seen = []
+    for name in names:
+        lab.page.keyboard.press(name)
+        lab.page.wait_for_timeout(100)
+        seen.append(lab.readout(words))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
+def test_an_arrow_key_moves_a_twentieth_of_a_decade(lab):
+    around = ["ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown", "ArrowLeft", "PageUp", "PageDown", "End", "ArrowRight", "ArrowLeft"]
+    assert keys(lab, "noise multiplier", *around) == ["1.12", "1.26", "1.12", "1.00", "0.891", "1.58", "0.891", "10.0", "10.0", "8.91"]
+    assert lab.page.evaluate(FOCUSED)["name"] == "noise multiplier σ"
+    lab.click("More:")
+    lab.slider("batch size").wait_for()
+    assert keys(lab, "batch size", "Home", "ArrowRight", "ArrowRight", "PageUp", "ArrowLeft") == ["1", "2", "3", "6", "5"]
+    assert keys(lab, "epochs", "Home", "ArrowRight") == ["1", "2"]
+    lab.execute("live.wait()")
+    assert lab.execute("print(live.settings.noise_multiplier, live.settings.batch_size, live.settings.epochs)") == "8.91 5 2"
+
+
+@pytest.mark.parametrize("kind", ["Viewer"], indirect=True)
+def test_an_arrow_key_moves_a_probability_by_a_hundredth(lab):
+    assert keys(lab, "prior", "ArrowRight", "ArrowRight", "ArrowLeft", "PageDown", "End") == ["0.51", "0.52", "0.51", "0.46", "0.99"]
+
+
 @pytest.mark.parametrize("kind", ["Explorer", "FederatedExplorer", "Playground"], indirect=True)
 @pytest.mark.parametrize("key", ["Enter", "Space"])
 def test_a_key_presses_start_and_stop(lab, key):

@@ -14,7 +14,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data, split
-from dpteach.explorer.live import Range, Trainer, control_style, diverged, new_model, slider_for
+from dpteach.explorer.live import Pace, Range, Trainer, control_style, diverged, figure, minutes, new_model, slider_for
 from dpteach.federated import WEIGHTS, Round, Turn, Worker, train_turns
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings
@@ -35,7 +35,8 @@ class _Run:
     places: dict[str, list[float]] = field(default_factory=dict)  # of each loss: 1.5 is the middle of the second round
     losses: dict[str, list[float]] = field(default_factory=dict)
     made: list[Round] = field(default_factory=list)
-    turns: int = 0
+    turns: int = 0  # steps of all workers
+    takes: str = ""  # how long, where that is worth a sentence
     exact: dict[str, float] | None = None  # PRV
     ended: str = ""
 
@@ -129,7 +130,7 @@ class FederatedExplorer(Trainer):
             return self.status
         if not run.made:
             return "No round has been trained yet."
-        told = "; ".join(f"{w.name} ({len(w.data):,} records, σ = {w.settings.noise_multiplier:.3g}): {self._cost(run, w)}"
+        told = "; ".join(f"{w.name} ({len(w.data):,} records, σ = {figure(w.settings.noise_multiplier)}): {self._cost(run, w)}"
                          for w in run.workers)
         return f"{len(run.made)} rounds. {told}. Test accuracy of the average {run.made[-1].accuracy:.0%}. {run.ended}".strip()
 
@@ -145,7 +146,7 @@ class FederatedExplorer(Trainer):
         first = values["share"]
         others = (1 - first) / (len(self._names) - 1)
         parts = split(self._data, len(self._names), values["skew"], [first] + [others] * (len(self._names) - 1),
-                      seed=self._settings.seed)
+                      seed=self._settings.seed or 0)
         return _Run([
             Worker(name, part, dataclasses.replace(
                 self._settings, noise_multiplier=values[self._sigma_of[name]],
@@ -158,14 +159,14 @@ class FederatedExplorer(Trainer):
 
     def _show_price(self, run: _Run, generation: int) -> None:
         told = "; ".join(f"{w.name} {self._cost(run, w)}" for w in run.workers)
-        delta = f"{self._settings.target_delta:.0e}".replace("e-0", "e-")
+        delta = figure(self._settings.target_delta)
         text = f"Price of all {run.rounds} rounds at δ = {delta}: {told}. One for each worker: never their sum or mean."
         tiny = [w.name for w in run.workers if self._settings.target_delta >= 1 / len(w.data)]
         if tiny:
             text += f" Careful: δ is 1/n or more for {', '.join(tiny)}."
         with self._changed:
             if generation == self._generation:
-                self._price_line.value = escape(text)
+                self._price_line.value = escape(text + run.takes)
 
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         run = self._new_run(values)
@@ -175,17 +176,21 @@ class FederatedExplorer(Trainer):
             if generation != self._generation:
                 return
             self._run = run
-        next_frame = 0.0
+        next_frame, pace, steps = 0.0, Pace(), run.rounds * sum(worker.steps_per_round for worker in run.workers)
         priced = self._price(generation, lambda: self._make_exact(run, generation))
         for made in made_so_far:
             if generation != self._generation:
                 return
             if isinstance(made, Turn):
                 run.turns += 1
+                left = pace.minutes_left(run.turns, steps)
+                if self._foretell(run, generation, left, steps):
+                    self._show_price(run, generation)
                 at = made.round - 1 + made.step.step / made.step.steps
                 run.places.setdefault(made.worker, []).append(at)
                 run.losses.setdefault(made.worker, []).append(made.step.loss)
                 status = f"Training: round {made.round} of {run.rounds}, {made.worker}'s step {made.step.step} of {made.step.steps}"
+                status += f", {minutes(left)} to go" if left else ""
             else:
                 run.made.append(made)
                 status = f"Round {made.round} of {run.rounds} averaged: test accuracy {made.accuracy:.0%}"
@@ -228,7 +233,7 @@ class FederatedExplorer(Trainer):
                             x_range=width, y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1)))
 
         reached = [made.accuracy for made in run.made]
-        panels.append(Panel("Accuracy of the average", "round", "share of test images right",
+        panels.append(Panel("Accuracy of the average", "round", "share of test records right",
                             [Line(rounds[1:], reached, "private", "federated")],
                             f"Test accuracy of the average by round: {', '.join(f'{a:.0%}' for a in reached) or 'none yet'}.",
                             x_range=width, y_range=(0, 1)))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -19,13 +20,20 @@ from dpteach.data import Data
 from dpteach.plots import Panel, alt_text, still, svg
 
 _DEBOUNCE = 0.08  # seconds without another change before a run starts
+_MEASURED = 0.5  # seconds of a run that tell its speed
 _TURN_AT_PYTHON = 0.0005  # seconds; Python's own value is 0.005
+
+_CLOSE = 1e-10  # relative: more than a page changes a number by taking its logarithm and back
+_DRAGGED = 3  # significant digits of a value that was dragged, not typed
+_GONE = "The kernel was restarted or has ended. Run this cell again, and the cells above it first."
 
 _FOCUS = ", ".join(f".dpteach {part}:focus-visible" for part in (".noUi-handle", ".widget-readout", "button", "select"))
 # ipywidgets cuts a long label, shows no focus on a slider's handle, gives it no name, reads out the logarithm of a
 # logarithmic slider's value, and says "null" where the mouse rests on a label. It also replaces the inside of a text at each
-# change, and a screen reader wants to know the place before the words come: so the place is marked, not the words. The script
-# does nothing else, and nothing but that is missing where a page refuses it.
+# change, and a screen reader wants to know the place before the words come: so the place is marked, not the words. A slider
+# without stops has no step for an arrow key either: a key types the next number. The script does nothing else; where a page
+# refuses it, a key moves a tenth of the slider. When the kernel is gone, ipywidgets marks every control as broken: one sentence
+# is left instead.
 _FOR_EVERYBODY = f"""
 <style>
 {_FOCUS} {{outline: 2px solid currentColor !important; outline-offset: 2px}}
@@ -33,6 +41,9 @@ _FOR_EVERYBODY = f"""
 .dpteach .widget-html, .dpteach .widget-html-content {{min-width: 0; max-width: 100%}}
 .dpteach .widget-html-content {{line-height: 1.4 !important; align-self: center}}
 .dpteach .dpteach-spoken {{position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap}}
+.dpteach .dpteach-gone, .dpteach.jupyter-widgets-disconnected > :not(.dpteach-last) {{display: none}}
+.dpteach.jupyter-widgets-disconnected .dpteach-gone {{display: block}}
+.dpteach.jupyter-widgets-disconnected::before, .dpteach .jupyter-widgets-disconnected::before {{content: none}}
 @media (forced-colors: active) {{
   .dpteach .noUi-target, .dpteach .ui-slider {{outline: 1px solid}}
   .dpteach button {{border: 1px solid}}
@@ -42,6 +53,7 @@ _FOR_EVERYBODY = f"""
   .dpteach * {{transition: none !important; animation: none !important}}
 }}
 </style>
+<p class="dpteach-gone">{_GONE}</p>
 <img alt="" src="data:," style="display:none" onerror="
   const set = (at, name, value) => {{ if (at && at.getAttribute(name) !== String(value)) at.setAttribute(name, value); }};
   const name = box => {{
@@ -57,9 +69,23 @@ _FOR_EVERYBODY = f"""
     box.querySelectorAll('.widget-toggle-button').forEach(button => set(button, 'aria-expanded', button.matches('.mod-active')));
     box.querySelectorAll('.dpteach-aloud').forEach(place => set(place, 'aria-live', 'polite'));
   }};
+  const key = event => {{
+    const way = {{ArrowRight: 1, ArrowUp: 1, PageUp: 5, ArrowLeft: -1, ArrowDown: -1, PageDown: -5}}[event.key];
+    const slider = event.target.closest('[class*=dpteach-by-]');
+    if (!way || !slider || !event.target.matches('[role=slider], .ui-slider-handle')) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const number = slider.querySelector('.widget-readout'), now = parseFloat(number.textContent);
+    const by = /dpteach-by-([^ ]+)/.exec(slider.className)[1];
+    let next = by === 'log' ? 10 ** (Math.round(20 * Math.log10(now) + way) / 20) : Math.round(now / by + way) * by;
+    if (!/[.e]/.test(number.textContent)) next = way < 0 ? Math.min(now - 1, Math.round(next)) : Math.max(now + 1, Math.round(next));
+    number.textContent = by === 'log' ? next.toPrecision({_DRAGGED}) : next.toPrecision(6);
+    number.dispatchEvent(new KeyboardEvent('keydown', {{key: 'Enter', keyCode: 13, bubbles: true}}));
+  }};
   const begin = () => {{
     const box = this.closest('.dpteach');
     if (!box) return setTimeout(begin, 100);
+    if (!box.parentElement.closest('.dpteach')) box.addEventListener('keydown', key, true);
     new MutationObserver(() => name(box)).observe(box, {{subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuetext']}});
     name(box);
   }};
@@ -113,7 +139,8 @@ class Live:
         self._status, self._in_progress = "", False
         self._changed = threading.Condition(threading.RLock())
         self._generation = 0
-        self._wanted: dict[str, Any] | None = None
+        self._asked: dict[str, Any] | None = None  # what the sliders said last; it outlives a Stop
+        self._wanted: dict[str, Any] | None = None  # what is to be worked on; None after a Stop
         self._thread: threading.Thread | None = None
         self._box = for_everybody([*rows(), self._spoken])
         for control in controls.values():
@@ -134,21 +161,8 @@ class Live:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The sliders' values by setting name."""
-        values = {}
-        for name, control in self.controls.items():
-            now, before = control.value, (self._wanted or {}).get(name)
-            if not hasattr(control, "limits"):  # a menu
-                values[name] = now
-                continue
-            # The browser answers a value with its own rounding of it: 1.0 with 1.0000000000000002, and one between two
-            # stops of the slider with the nearest stop. That is no change.
-            if before is not None and abs(control.place(now) - control.place(before)) <= 0.51 * control.step:
-                values[name] = before
-            else:
-                now = min(max(now, control.limits.low), control.limits.high)
-                values[name] = int(round(now)) if control.limits.whole else float(f"{now:.6g}")
-        return values
+        """The sliders' values by setting name, exactly as the readouts show them."""
+        return {name: read(control) for name, control in self.controls.items()}
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the current run has ended, by itself or by Stop.
@@ -174,11 +188,19 @@ class Live:
         show_widget(self._box, f"{type(self).__name__} with sliders for {', '.join(map(words, self.controls))}")
 
     def _request(self, force: bool = False) -> None:
-        values = self.values
         with self._changed:
-            if values == self._wanted and not force:
+            values = self.values
+            # A page answers a value with its own rounding of it, at any time, also when another explorer is at work by then.
+            if values == self._asked and not force:
                 return
-            self._wanted = values
+            self._asked = values
+        for name, control in self.controls.items():
+            show_digits(control, values[name])
+        self._begin()
+
+    def _begin(self) -> None:
+        with self._changed:
+            self._wanted = self._asked
             self._generation += 1
             self._changed.notify_all()
             if self._thread is None:
@@ -218,7 +240,7 @@ class Live:
         with self._changed:
             if generation == self._generation:
                 self.error = error
-                self._say(f"Can't go on: {error}")
+                self._say(f"Can't go on: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
     def _changes_within(self, seconds: float, generation: int) -> bool:
         with self._changed:
@@ -247,6 +269,26 @@ class Live:
         if sentence and not (progress and self._in_progress):
             self._spoken.value = escape(sentence)
         self._in_progress = progress
+
+
+class Pace:
+    """How long a run takes, by the speed of its first half second. Its very first step is left out: it may load things."""
+
+    def __init__(self):
+        self._first: tuple[float, int] | None = None  # when, and after how many steps
+
+    def minutes_left(self, done: int, total: int) -> int:
+        """After ``done`` of ``total`` steps; 0 where it is a minute or less, or not known yet."""
+        now = time.perf_counter()
+        began, skipped = self._first = self._first or (now, done)
+        if now - began < _MEASURED or done == skipped:
+            return 0
+        seconds = (now - began) / (done - skipped) * (total - done)
+        return round(seconds / 60) if seconds > 60 else 0
+
+
+def minutes(count: int) -> str:
+    return f"about {count} minute{'s' if count > 1 else ''}"
 
 
 class Trainer(Live):
@@ -294,13 +336,13 @@ class Trainer(Live):
         stop.on_click(lambda _: self.stop())
         return in_a_row(start, stop, self._status_line)
 
-    def _request(self, force: bool = False) -> None:
+    def _begin(self) -> None:
         with Trainer._turn:
             before, Trainer._latest = Trainer._latest, self
         if before is not None and before is not self:
             before._halt("Stopped, because another explorer started. Press Start to train again.")
             before.wait()
-        super()._request(force)
+        super()._begin()
 
     def _price(self, generation: int, compute: Callable[[], None]) -> threading.Event:
         """``compute()`` in a thread of its own; the event that it is done. PRV can take seconds and can't be interrupted, so
@@ -322,6 +364,16 @@ class Trainer(Live):
 
         threading.Thread(target=work, name="dpteach-price", daemon=True).start()
         return done
+
+    def _foretell(self, run, generation: int, left: int, steps: int) -> bool:
+        """Say once that a run will take long, where it will: whether it was said now."""
+        if run.takes or not left:
+            return False
+        run.takes = f" This run has {steps:,} steps and takes {minutes(left)}. Stop ends it."
+        with self._changed:
+            if generation == self._generation:
+                self._spoken.value = escape(run.takes.strip())
+        return True
 
     def _until(self, condition: Callable[[], bool], generation: int) -> None:
         with self._changed:
@@ -376,8 +428,11 @@ def diverged(model: nn.Module, data: Data) -> bool:
     return not bool(model(data.X[:32].to(next(model.parameters()).device)).isfinite().all())
 
 
-def new_model(make_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``dpteach.models`` does not)."""
+def new_model(make_model: Callable[[], nn.Module], seed: int | None) -> nn.Module:
+    """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``dpteach.models`` does not).
+    With ``seed`` None, a run that nobody is to repeat, it draws from that generator as it stands."""
+    if seed is None:
+        return make_model()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         return make_model()
@@ -385,7 +440,9 @@ def new_model(make_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def for_everybody(rows: list[widgets.Widget]) -> widgets.VBox:
     """The rows in a box in which each control has a visible focus, and a name for a screen reader."""
-    box = widgets.VBox([*rows, widgets.HTML(_FOR_EVERYBODY)])
+    last = widgets.HTML(_FOR_EVERYBODY)
+    last.add_class("dpteach-last")
+    box = widgets.VBox([*rows, last])
     box.add_class("dpteach")
     return box
 
@@ -443,25 +500,61 @@ def control_style() -> dict[str, Any]:
 
 
 def slider_for(name: str, value: float, limits: Range, said: str = "") -> widgets.Widget:
+    """A slider that starts at exactly ``value``. It has no stops: a page would move a typed or set value to the nearest one."""
     said = said or words(name)
     limits = dataclasses.replace(limits, low=min(limits.low, value), high=max(limits.high, value))
     low, high = limits.low, limits.high
+    more = {"value": value, "description": said, **control_style()}
+    no_stops = {"step": None if widgets.FloatSlider.step.allow_none else 1e-5}  # ipywidgets 7 must have a step
     if limits.log:
         if low <= 0:
             raise ValueError(f"{name} must be > 0 for a logarithmic slider, got {value!r}")
-        step, start = 0.002, math.log10(value)  # the stops are laid so that the start value is one of them
-        slider = widgets.FloatLogSlider(
-            value=value, step=step, **control_style(),
-            min=start - step * round((start - math.log10(low)) / step), max=start + step * round((math.log10(high) - start) / step),
-            description=said, readout_format=".0f" if limits.whole else ".0e" if limits.high < 0.1 else ".3g",
-        )
+        slider = widgets.FloatLogSlider(min=math.log10(low), max=math.log10(high), **no_stops, **more)
+        slider.add_class("dpteach-by-log")
     elif limits.whole:
-        slider = widgets.IntSlider(value=value, min=int(low), max=int(high), **control_style(), description=said)
+        slider = widgets.IntSlider(min=int(low), max=int(high), **more)
     else:
-        slider = widgets.FloatSlider(value=value, min=low, max=high, step=(high - low) / 200, **control_style(),
-                                     description=said)
-    slider.limits = limits
-    slider.place = math.log10 if limits.log else float  # where a value lies, in units of the slider's step
+        slider = widgets.FloatSlider(min=low, max=high, **no_stops, **more)
+        slider.add_class(f"dpteach-by-{10.0 ** -_decimals(limits):g}")
+    slider.limits, slider.start = limits, value
+    show_digits(slider, value)
     return slider
 
 
+def _decimals(limits: Range) -> int:
+    """Of a slider that is not logarithmic: a hundred places from one end to the other, or some more."""
+    return max(0, 2 - round(math.log10(limits.high - limits.low)))
+
+
+def read(control: widgets.Widget) -> Any:
+    """A control's value as its readout shows it: a start value or one of up to six digits as it is, a dragged one rounded."""
+    value = control.value
+    if not hasattr(control, "limits"):  # a menu
+        return value
+    limits = control.limits
+    if limits.whole:
+        return int(round(min(max(value, limits.low), limits.high)))
+    for exact in (control.start, float(f"{value:.6g}") if limits.log else round(value, 6)):
+        if math.isclose(value, exact, rel_tol=_CLOSE, abs_tol=0.0 if limits.log else _CLOSE * (limits.high - limits.low)):
+            return exact
+    value = float(f"{value:.{_DRAGGED}g}") if limits.log else round(value, _decimals(limits))
+    return min(max(value, limits.low), limits.high)
+
+
+def show_digits(control: widgets.Widget, value: Any) -> None:
+    """Let the readout show every digit of ``value``, and of a slider at rest no fewer than usual."""
+    if not hasattr(control, "limits"):
+        return
+    if control.limits.whole:
+        control.readout_format = ".0f" if control.limits.log else "d"
+    elif control.limits.log:
+        digits = len(f"{value:.5e}".split("e")[0].rstrip("0").replace(".", ""))
+        control.readout_format = f".{digits - 1}e" if control.limits.high < 0.1 else f".{max(_DRAGGED, digits)}g"
+    else:
+        decimals = len(f"{value:.6f}".rstrip("0").split(".")[1])
+        control.readout_format = f".{max(_decimals(control.limits), decimals)}f"
+
+
+def figure(value: float) -> str:
+    """A setting's value as a readout shows it, without zeros at its end: "1.12e-5"."""
+    return f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e")

@@ -1,5 +1,6 @@
 """An explorer with a choice of data, method and optimizer, and runs kept for comparison."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +11,21 @@ import ipywidgets as widgets
 from torch import nn
 
 from dpteach.data import Data
-from dpteach.explorer.live import control_style, for_everybody, in_a_row, put_away, read_aloud, show_widget
+from dpteach.explorer.live import control_style, figure, for_everybody, in_a_row, put_away, read_aloud, show_widget
 from dpteach.explorer.training import Explorer, last_accuracy
 from dpteach.plots import Mark, Panel, Points, alt_text, still, svg
 from dpteach.training import OPTIMIZERS, Settings
 
+
 @dataclass(frozen=True)
 class Scene:
-    """Something to train on: the arguments of an :class:`Explorer`."""
+    """Something to train on: the arguments of an :class:`Explorer`. ``baseline_lr``: one that is good without privacy."""
 
     data: Data
     make_model: Callable[[], nn.Module]
     settings: Settings
     test_data: Data
+    baseline_lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,25 @@ class Playground:
         self._box = for_everybody([*self.menus.values(), self._place, in_a_row(pin, clear, self._note), self._kept])
         for choice_ in self.menus.values():
             choice_.observe(lambda _: self._open(), "value")
+        self._scene: Scene | None = None
         self._open()
 
-    def _open(self) -> None:
+    def _kept_settings(self) -> Settings:
+        """Where the sliders start: those that were moved stay where they are, the others begin as the scene says."""
         scene = self._scenes[self.menus["scene"].value]
+        if self._scene is None:
+            return scene.settings
+        moved = {name: value for name, value in self.explorer.values.items() if value != getattr(self._scene.settings, name)}
+        if "batch_size" in moved:
+            moved["batch_size"] = min(moved["batch_size"], len(scene.data))
+        return dataclasses.replace(scene.settings, **moved)
+
+    def _open(self) -> None:
+        scene, settings = self._scenes[self.menus["scene"].value], self._kept_settings()
+        self._scene = scene
         self.explorer = Explorer(
-            scene.data, scene.make_model, scene.settings, method=self.menus["method"].value,
-            optimizer=self.menus["optimizer"].value, test_data=scene.test_data,
+            scene.data, scene.make_model, settings, method=self.menus["method"].value, optimizer=self.menus["optimizer"].value,
+            test_data=scene.test_data, baseline_lr=scene.baseline_lr or scene.settings.lr,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
         before, self._place.children = self._place.children, [self.explorer._box]
@@ -92,18 +107,23 @@ class Playground:
         self.explorer.wait(timeout)
 
     def pin(self) -> None:
-        """Keep the run that has just finished; where it has not, a sentence beside the button says so."""
+        """Keep the run that has just finished; where there is nothing to keep, a sentence beside the button says why."""
+        self._note.value = self._try_to_pin()
+        self._draw()
+
+    def _try_to_pin(self) -> str:
         run = self.explorer._run
         accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
-        if self.explorer._thread is not None or run.exact is None or accuracy is None or without is None:
-            self._note.value = "Nothing to pin yet: wait until a run has finished."
-            return
-        self.pinned.append(Pin(
-            self.menus["scene"].value, self.menus["method"].value, self.menus["optimizer"].value, run.settings, run.exact,
-            accuracy, without,
-        ))
-        self._note.value = f"Run {len(self.pinned)} is pinned."
-        self._draw()
+        if self.explorer._thread is not None:
+            return "Nothing to pin yet: wait until the run has finished."
+        if not run.complete or run.exact is None or accuracy is None or without is None:
+            return "Nothing to pin: this run did not finish. Press Start to train again."
+        pin = Pin(self.menus["scene"].value, self.menus["method"].value, self.menus["optimizer"].value, run.settings, run.exact,
+                  accuracy, without)
+        if pin in self.pinned:
+            return f"This run is pinned already: it is run {self.pinned.index(pin) + 1}."
+        self.pinned.append(pin)
+        return f"Run {len(self.pinned)} is pinned."
 
     def _unpin(self) -> None:
         self.pinned.clear()
@@ -112,8 +132,8 @@ class Playground:
 
     def _draw(self) -> None:
         rows = "".join(
-            f"<tr><td>{i}</td><td>{escape(p.scene)}</td><td>{p.method}, {p.optimizer}</td><td>{p.settings.noise_multiplier:.3g}</td>"
-            f"<td>{p.settings.max_grad_norm:.3g}</td><td>{p.settings.epochs}</td><td>{p.settings.lr:.3g}</td>"
+            f"<tr><td>{i}</td><td>{escape(p.scene)}</td><td>{p.method}, {p.optimizer}</td><td>{figure(p.settings.noise_multiplier)}</td>"
+            f"<td>{figure(p.settings.max_grad_norm)}</td><td>{p.settings.epochs}</td><td>{figure(p.settings.lr)}</td>"
             f"<td>{p.settings.batch_size}</td><td>{p.epsilon:.2f}</td><td>{p.accuracy:.1%}</td>"
             f"<td>{p.accuracy_without_privacy:.1%}</td></tr>"
             for i, p in enumerate(self.pinned, start=1)
@@ -128,9 +148,14 @@ class Playground:
         scene = self.pinned[-1].scene if self.pinned else ""
         pins = [p for p in self.pinned if p.scene == scene and math.isfinite(p.epsilon)]
         items: list[Any] = [Points([p.epsilon for p in pins], [p.accuracy for p in pins], "private", "with privacy")]
-        if pins:
-            items.append(Mark("non-private", "without privacy", y=max(p.accuracy_without_privacy for p in pins)))
+        references = [p.accuracy_without_privacy for p in pins]  # runs of other epochs or batches have other ones
         told = "; ".join(f"ε {p.epsilon:.2f}: {p.accuracy:.0%}" for p in pins)
+        if len(set(references)) == 1:
+            items.append(Mark("non-private", "without privacy", y=references[0]))
+            told += f"; without privacy {references[0]:.0%}"
+        elif pins:
+            items.append(Points([p.epsilon for p in pins], references, "non-private", "without privacy", cross=True))
+            told += f"; without privacy {', '.join(f'{r:.0%}' for r in references)}"
         # Always up to 100 %, and not less than a tenth high: a difference of chance must not look like a result.
         lowest = min((min(p.accuracy, p.accuracy_without_privacy) for p in pins), default=0.9)
         return [Panel(f"Pinned runs: {scene}", "ε of the whole run", "test accuracy", items,

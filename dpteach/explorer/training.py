@@ -16,10 +16,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpteach._checks import choice
+from dpteach._checks import choice, number
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.live import RANGES, Range, Trainer, diverged, folded, new_model, slider_for, words
+from dpteach.explorer.live import (
+    RANGES,
+    Pace,
+    Range,
+    Trainer,
+    diverged,
+    figure,
+    folded,
+    minutes,
+    new_model,
+    slider_for,
+    words,
+)
 from dpteach.plots import Line, Mark, Panel, Points, contour, svg
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, delta_warning, train
 
@@ -33,6 +45,7 @@ class Run:
 
     settings: Settings
     price: float  # RDP
+    baseline_lr: float = 0.0
     model: nn.Module | None = None
     steps: list[Step] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # of the steps: a frame must not walk through thousands of records
@@ -41,7 +54,13 @@ class Run:
     baseline_losses: list[float] = field(default_factory=list)
     baseline_boundary: tuple | None = None
     exact: float | None = None  # PRV
+    takes: str = ""  # how long, where that is worth a sentence
     ended: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run went to its last step: it was not stopped, and did not diverge."""
+        return bool(self.steps) and self.steps[-1].step == self.steps[-1].steps and not self.ended
 
 
 class Explorer(Trainer):
@@ -62,7 +81,9 @@ class Explorer(Trainer):
         settings: where the sliders start, and the settings that have none.
         method, optimizer: as for :func:`dpteach.training.train`.
         sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
-        baseline: also train without privacy, for comparison; once for all values of σ and C.
+        baseline: also train without privacy, for comparison; once for all values of σ, C and the learning rate's slider.
+        baseline_lr: that run's learning rate, with plain SGD; by default the same as in ``settings``, with ``optimizer``. A
+            baseline at a learning rate that suits the private run only would teach that privacy helps.
         test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
 
@@ -74,7 +95,7 @@ class Explorer(Trainer):
         error: the exception that ended the last run, or None.
 
     Raises:
-        ValueError: if a slider's name is not a setting, or the method is not known.
+        ValueError: if a slider's name is not a setting, the method is not known, or ``baseline_lr`` is not above 0.
     """
 
     def __init__(
@@ -87,12 +108,15 @@ class Explorer(Trainer):
         optimizer: str = "sgd",
         sliders: Sequence[str] = ("noise_multiplier", "max_grad_norm", "epochs"),
         baseline: bool = True,
+        baseline_lr: float | None = None,
         test_data: Data | None = None,
         ranges: dict[str, Range] | None = None,
     ):
         self._data, self._make_model, self._start_settings = data, make_model, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._baseline = baseline and method != "sgd"
+        self._baseline_lr = settings.lr if baseline_lr is None else number("baseline_lr", baseline_lr, low=0, above=True)
+        self._baseline_optimizer = optimizer if baseline_lr is None else "sgd"
         self._baselines: dict[tuple, Run] = {}
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
@@ -144,21 +168,28 @@ class Explorer(Trainer):
             return self.status
         if not run.steps:
             return "No training has run yet."
-        parts = [f"{s.epochs} epochs at learning rate {s.lr:.3g}"]
+        parts = [f"{s.epochs} epochs at learning rate {figure(s.lr)}"]
         if self._method == "sgd":
             parts.append("no privacy (ε = ∞)")
         else:
-            parts.insert(0, f"σ = {s.noise_multiplier:.3g}, C = {s.max_grad_norm:.3g}")
+            parts.insert(0, f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}")
             parts.append(self._cost(run))
         if self._reached(run):
             parts.append(self._reached(run))
+        if not run.complete and not run.ended:
+            parts.append(f"only {len(run.steps)} of {run.steps[-1].steps} steps have run, and ε is that of all")
         return "; ".join(parts) + "." + (f" {run.ended}" if run.ended else "")
 
     def _reached(self, run: Run) -> str:
         accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
         if accuracy is None:
             return ""
-        return f"{self._accuracy_of} {accuracy:.0%}" + (f", without privacy {without:.0%}" if without is not None else "")
+        told = f"{self._accuracy_of} {accuracy:.0%}"
+        if without is not None:
+            told += f", without privacy {without:.0%}"
+            if run.baseline_lr != run.settings.lr:
+                told += f" at learning rate {figure(run.baseline_lr)}"
+        return told
 
     def _preview(self, values: dict[str, Any], generation: int) -> None:
         settings = dataclasses.replace(self._start_settings, **values)
@@ -174,7 +205,7 @@ class Explorer(Trainer):
         )
 
     def _cost(self, run: Run) -> str:
-        delta = f"at δ = {run.settings.target_delta:.0e}".replace("e-0", "e-")
+        delta = f"at δ = {figure(run.settings.target_delta)}"
         if run.exact is None:
             return f"ε ≤ {run.price:.2f} {delta} (RDP, an upper bound)"
         return f"ε = {run.exact:.2f} {delta} (PRV; the quick RDP bound says {run.price:.2f})"
@@ -186,16 +217,17 @@ class Explorer(Trainer):
             text = f"Price of the whole run: {self._cost(run)}."
             warning = delta_warning(run.settings, len(self._data))
             text += f" Careful: {warning}." if warning else ""
+        text += run.takes
         with self._changed:
             if generation == self._generation:
                 self._price_line.value = escape(text)
 
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         settings = dataclasses.replace(self._start_settings, **values)
-        run = Run(settings, self._whole_price(settings, "rdp"))
+        run = Run(settings, self._whole_price(settings, "rdp"), self._baseline_lr)
         run.model = new_model(self._make_model, settings.seed)
-        steps = self._train(run.model, settings, self._method)
-        beside = self._baseline_beside(run)
+        steps = self._train(run.model, settings, self._method, self._optimizer)
+        beside, pace = self._baseline_beside(run), Pace()
         began = time.perf_counter()
         next_frame, priced = began, None
         with self._changed:
@@ -209,13 +241,16 @@ class Explorer(Trainer):
                 run.epsilons.append(step.epsilon)
                 next(beside, None)
                 now = time.perf_counter()
+                left = pace.minutes_left(step.step, step.steps)
+                if self._foretell(run, generation, left, step.steps):
+                    self._show_price(run, generation)
                 if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
                     run.ended = f"Diverged at step {step.step}: the loss is not a number any more. Try a lower learning rate."
                     break
                 if generation != self._generation:
                     return
                 if now >= next_frame:
-                    if not self._show(generation, picture=svg(self._panels_of(run)), status=self._progress(step), progress=True):
+                    if not self._show(generation, picture=svg(self._panels_of(run)), status=self._progress(step, left), progress=True):
                         return
                     next_frame = time.perf_counter() + _FRAME
                 if priced is None and now - began > _PATIENCE and self._method != "sgd":
@@ -227,28 +262,30 @@ class Explorer(Trainer):
             self._until(priced.is_set, generation)
         self._show(generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self._reached(run)}.")
 
-    def _train(self, model: nn.Module, settings: Settings, method: str) -> Iterator[Step]:
+    def _train(self, model: nn.Module, settings: Settings, method: str, optimizer: str) -> Iterator[Step]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a δ of 1/n or more: the price line says it
-            return train(model, self._data, settings, method=method, optimizer=self._optimizer, test_data=self._test_data)
+            return train(model, self._data, settings, method=method, optimizer=optimizer, test_data=self._test_data)
 
     def _make_exact(self, run: Run, generation: int) -> None:
         run.exact = self._whole_price(run.settings, "prv")
         self._show_price(run, generation)
 
-    def _progress(self, step: Step) -> str:
+    def _progress(self, step: Step, left: int) -> str:
+        loss = "an empty batch" if math.isnan(step.loss) else f"loss {step.loss:.2f}"
         so_far = "" if math.isinf(step.epsilon) else f", ε so far at most {step.epsilon:.2f}"
-        return f"Training: step {step.step} of {step.steps}, loss {step.loss:.2f}{so_far}"
+        to_go = f", {minutes(left)} to go" if left else ""
+        return f"Training: step {step.step} of {step.steps}{to_go}, {loss}{so_far}"
 
     def _baseline_beside(self, run: Run) -> Iterator[None]:
         """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
         if not self._baseline:
             return
-        s = run.settings
-        key = (s.lr, s.batch_size, s.epochs, s.seed)
+        plain = dataclasses.replace(run.settings, lr=run.baseline_lr, seed=run.settings.seed or 0)
+        key = (plain.batch_size, plain.epochs)
         if key not in self._baselines:
-            model = new_model(self._make_model, s.seed)
-            for step in self._train(model, s, "sgd"):
+            model = new_model(self._make_model, plain.seed)
+            for step in self._train(model, plain, "sgd", self._baseline_optimizer):
                 run.baseline.append(step)
                 run.baseline_losses.append(step.loss)
                 if step.step < step.steps:
@@ -294,7 +331,8 @@ class Explorer(Trainer):
         items.append(curve_line(run.losses, own, "with privacy" if own == "private" else "loss"))
         total = run.steps[-1].steps if run.steps else 1
         s = run.settings
-        told = f"Learning rate {s.lr:.3g}" if own == "non-private" else f"σ = {s.noise_multiplier:.3g}, C = {s.max_grad_norm:.3g}"
+        told = (f"Learning rate {figure(s.lr)}" if own == "non-private"
+                else f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}")
         alt = f"{told}, {s.epochs} epochs. Loss by step: {_late_loss(run.steps)} at the end"
         alt += f", {_late_loss(run.baseline)} without privacy." if run.baseline else "."
         return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, total))
@@ -303,9 +341,8 @@ class Explorer(Trainer):
         total = run.steps[-1].steps if run.steps else 1
         items = [curve_line(run.epsilons, "budget", "spent (RDP bound)")]
         top = run.price
-        if run.exact is not None and math.isfinite(run.exact):
-            items.append(Mark("budget", "whole run (PRV)", y=run.exact))
-            top = max(top, run.exact)
+        if math.isfinite(top):  # by the accountant of the curve: a tighter one's line would be crossed, as if the run overspent
+            items.append(Mark("budget", "whole run (RDP)", y=top))
         so_far = f"{run.steps[-1].epsilon:.2f}" if run.steps else "0"
         alt = f"ε by step: at most {so_far} after step {run.steps[-1].step if run.steps else 0} of {total}."
         return Panel("Privacy budget spent", "step", "ε", items, alt, x_range=(0, total),
