@@ -461,6 +461,12 @@ def test_a_hundred_thousand_charges_open_and_grow_quickly(path, kind, opening):
     assert ledger.epsilon(accountant="rdp") > 10
 
 
+def test_equal_charges_in_a_row_take_one_line(ledger):
+    for _ in range(30):
+        ledger.charge(**SMALL)
+    assert len(ledger.path.read_bytes()) < 450 and ledger.count == 31
+
+
 def test_more_settings_than_can_be_priced_one_by_one_give_a_bound(path):
     chance, ledger = random.Random(0), Ledger()
     for _ in range(60):
