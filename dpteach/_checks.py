@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 
 
 def number(name: str, value, *, low: float, above: bool = False, high: float = math.inf, below: bool = True) -> float:
@@ -20,19 +21,20 @@ def number(name: str, value, *, low: float, above: bool = False, high: float = m
     elif below:
         allowed += " and finite"
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if real and not math.isnan(value):
+    if real and (value in (math.inf, -math.inf) or abs(value) <= sys.float_info.max):  # no NaN; an int that a float can hold
         number = float(value)
         if (number > low if above else number >= low) and (number < high if below else number <= high):
             return number
-    raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+    raise ValueError(f"{name} must be a number {allowed}, got {_shown(value)}")
 
 
-def whole(name: str, value, *, low: int) -> int:
-    """``value`` as an int, if it is a whole number of at least ``low``; else ``ValueError`` naming the argument."""
+def whole(name: str, value, *, low: int, high: float = math.inf) -> int:
+    """``value`` as an int, if it is a whole number from ``low`` to ``high``; else ``ValueError`` naming the argument."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if real and math.isfinite(value) and value == int(value) and value >= low:
+    if real and low <= value <= high and value != math.inf and value == int(value):
         return int(value)
-    raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+    allowed = f">= {low}" + (f" and <= {high:,}" if high < math.inf else "")
+    raise ValueError(f"{name} must be a whole number {allowed}, got {_shown(value)}")
 
 
 def choice(name: str, value, allowed) -> str:
@@ -48,3 +50,10 @@ def clipping_norm(value) -> float:
     if C < 1e-20:
         raise ValueError(f"max_grad_norm must be at least 1e-20, got {value!r}: float32 can't hold gradients that small")
     return C
+
+
+def _shown(value) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python prints no int of more than 4,300 digits
+        return "an int of thousands of digits"

@@ -1,37 +1,43 @@
 """What a run costs: ε from the noise multiplier, the sampling rate and the number of steps.
 
 Nothing else enters: not the model, not the clipping norm, not the learning rate, not the data. The numbers are those
-of Opacus' accountants and of Google's ``dp-accounting``; this room gives them one name and one set of checks.
+of Opacus' accountants and of Google's ``dp-accounting``; this room gives them one name and one set of checks, and sees to it
+that each answer takes seconds at most: where a numerical accountant would take longer, or could say too little, the bound by
+RDP is the answer.
 
 The neighbouring relation is add/remove of one record, under Poisson sampling (see ``mechanism.poisson_batches``).
 """
 
 import functools
-import hashlib
 import importlib
-import importlib.util
-import json
 import math
-import os
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from filelock import FileLock
 
 from dpteach._checks import choice, number, whole
 
 ACCOUNTANTS = ("prv", "rdp", "gdp", "pld", "rdp-classic")
 
+MAX_STEPS = 10**15  # a float counts them exactly
+_LEAST_NOISE, _MOST_NOISE = 1e-100, 1e100  # σ² neither overflows nor vanishes
+_RAREST = 1e-12  # a lower sample rate is priced as this one, which costs no less
+_MOST_ORDERS, _HIGHEST_ORDER = 500, 10_000
+_LONGEST_PATH = 10**6
+
 # The orders that Opacus searches today, and the ones of the 2020 blog post.
 _ALPHAS = {"rdp": (*(1 + x / 10 for x in range(1, 100)), *range(12, 64)), "rdp-classic": tuple(range(2, 32))}
 
-# PRV's mesh, 0.01 wide in ε as in Opacus while it has up to so many points; beyond, it is wider, so that an answer takes
-# seconds (with the fine one it took 15 s at ε = 216, and 108 s to find no answer at ε = 2359).
-_MESH_POINTS = 1 << 20
+# How fine the numerical accountants are while an answer takes about a second: PRV's mesh is as Opacus', 0.01 wide in ε, up to
+# so many points; PLD's 0.0001, up to so many for one step and for all. Beyond, they are coarser: still bounds.
+_PRV_POINTS, _PLD_POINTS = 1 << 20, (100_000, 500_000)
+
+# So many different settings (σ, q) are priced one by one. More of them are first rounded, to less noise and a higher rate: what
+# comes out is a bound.
+_SETTINGS = {"prv": 16, "pld": 16, "gdp": 10_000, "rdp": 128, "rdp-classic": 128}
+
+# ``epsilon_path`` asks the slower accountants at up to so many steps.
+_ASKED = {"prv": 20, "pld": 5, "gdp": 1000}
 
 
 def epsilon(
@@ -46,16 +52,21 @@ def epsilon(
     """ε of ``steps`` steps of DP-SGD, at ``target_delta``.
 
     Args:
-        noise_multiplier: σ >= 0; the noise on the clipped sum has standard deviation σ·C.
-        sample_rate: q in (0, 1], the probability that a record takes part in a step.
-        steps: number of steps, >= 0.
+        noise_multiplier: σ, 0 or from 1e-100 to 1e100; the noise on the clipped sum has standard deviation σ·C.
+        sample_rate: q in (0, 1], the probability that a record takes part in a step. Below 1e-12 it is priced as 1e-12.
+        steps: number of steps, from 0 to 10¹⁵.
         target_delta: δ in (0, 1); keep it well below one over the number of records.
-        accountant: ``"prv"`` (numerical, an upper bound within 0.01, or within 0.2 % for a large ε or up to 100,000
-            steps; it cannot resolve ε > 700 or δ < 1e-10, and RDP's bound is the answer there), ``"rdp"`` (quick, a
-            looser upper bound), ``"pld"`` (numerical, from dp-accounting; below δ = 1e-10 its rounding errors show),
-            ``"gdp"`` (a central limit approximation: **not a bound**, it can report far too little), ``"rdp-classic"``
-            (RDP with the conversion of 2017, as tools printed it until about 2020).
-        alphas: the RDP orders to search, each > 1; for the two RDP accountants only.
+        accountant:
+            ``"prv"``: numerical. An upper bound, above the truth by at most 0.015, or 2e-5·(ε + 3)·√steps if that is more;
+            RDP's bound where that is smaller, and for δ < 1e-10, ε > 700 or more than δ·10¹⁴ steps.
+            ``"rdp"``: quick, a looser upper bound.
+            ``"pld"``: numerical, from dp-accounting. An upper bound, tightest up to some 10,000 steps; RDP's where that is
+            smaller, and for δ < 1e-8, ε > 1000 by RDP or more than 200,000 steps.
+            ``"gdp"``: Gaussian DP by the central limit theorem, μ = q·√(steps·(exp(1/σ²) − 1)), as in Opacus. **Not a bound**: for
+            q < 1 it can report far too little. For q = 1 Gaussian DP is exact, but with μ = √steps / σ, which this formula only
+            comes close to for a large σ: below that it reports too much. ``"pld"`` and ``"prv"`` give the exact case.
+            ``"rdp-classic"``: RDP with the conversion of 2017, as tools printed it until about 2020.
+        alphas: the RDP orders to search, up to 500, each > 1 and <= 10,000; for the two RDP accountants only.
 
     Returns:
         ε >= 0. ``inf`` without noise; 0.0 without a step.
@@ -63,8 +74,8 @@ def epsilon(
     Raises:
         ValueError: if an argument is out of its range.
 
-    Source: Gopi et al. 2021 (PRV), Mironov 2017 and Balle et al. 2020 (RDP), Dong et al. 2019 (GDP), Koskela et al. 2020
-    (PLD).
+    Source: Gopi et al. 2021 (PRV), Mironov 2017, Mironov et al. 2019 and Balle et al. 2020 (RDP), Dong et al. 2019 and Bu et al.
+    2019 (GDP), Koskela et al. 2020 (PLD).
 
     >>> round(epsilon(noise_multiplier=1.0, sample_rate=1 / 79, steps=790), 2)
     2.12
@@ -86,24 +97,28 @@ def epsilon_path(
 ) -> np.ndarray:
     """ε after each of ``steps`` steps: what a live plot draws.
 
-    The RDP accountants answer in milliseconds. The others are asked once a step: about 0.2 s each for ``"prv"``.
+    The RDP accountants answer in milliseconds. The others are asked at each of up to 20 steps (``"prv"``), 5 (``"pld"``) or
+    1000 (``"gdp"``), evenly spread; in between stands the next one's ε, or RDP's if that is smaller: still a bound. The last is :func:`epsilon`'s.
 
-    Args and errors as for :func:`epsilon`.
+    Args and errors as for :func:`epsilon`; ``steps`` is at most a million.
 
     Returns:
         ``(steps,)`` float64: ε after step 1, 2, …
     """
     sigma, q, steps, delta, accountant, alphas = _checked(
-        noise_multiplier, sample_rate, steps, target_delta, accountant, alphas
+        noise_multiplier, sample_rate, whole("steps", steps, low=0, high=_LONGEST_PATH), target_delta, accountant, alphas
     )
     if sigma == 0:
         return np.full(steps, math.inf)
+    times, step = np.arange(1, steps + 1), ((sigma, max(q, _RAREST), 1),)
     if accountant.startswith("rdp"):
-        return _rdp(((sigma, q, 1),), np.arange(1, steps + 1), delta, accountant, alphas)
-    return np.array([
-        epsilon(noise_multiplier=sigma, sample_rate=q, steps=t, target_delta=delta, accountant=accountant)
-        for t in range(1, steps + 1)
-    ])
+        return _rdp(step, times, delta, accountant, alphas)
+    at = np.unique(np.linspace(1, steps, min(steps, _ASKED[accountant])).round().astype(int))
+    share = math.ceil(len(at) / 5)
+    asked = [_of_history(((sigma, q, int(t)),), delta, accountant, share=share if t < steps else 1) for t in at]
+    # ε never falls: what holds later, holds here too.
+    path = np.minimum.accumulate(np.array(asked)[::-1])[::-1][np.searchsorted(at, times)]
+    return path if accountant == "gdp" else np.minimum(path, _rdp(step, times, delta, "rdp"))
 
 
 def noise_multiplier_for(
@@ -128,165 +143,54 @@ def noise_multiplier_for(
         ValueError: if an argument is out of its range, or no σ up to 10,000 is enough.
     """
     target_epsilon = number("target_epsilon", target_epsilon, low=0, above=True)
-    steps = whole("steps", steps, low=1)
+    steps = whole("steps", steps, low=1, high=MAX_STEPS)
 
-    def enough(sigma: float) -> bool:
-        return target_epsilon >= epsilon(
+    def cost(sigma: float, accountant: str = accountant) -> float:
+        return epsilon(
             noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, target_delta=target_delta, accountant=accountant
         )
 
-    # From the side of much noise, where every accountant is quick, down to the first σ that is not enough.
-    high = 1.0
-    while not enough(high):
-        high *= 2
-        if high > 10_000:
-            raise ValueError(
-                f"target_epsilon must be reachable with a noise_multiplier up to 10000, got {target_epsilon!r} "
-                f"(accountant {accountant!r}, sample_rate {sample_rate!r}, {steps} steps): raise target_epsilon"
-            )
-    low = high / 1.25
-    while enough(low):
-        high, low = low, low / 1.25
+    most = 10_000.0
+    if cost(most) > target_epsilon:
+        raise ValueError(
+            f"target_epsilon must be reachable with a noise_multiplier up to 10000, got {target_epsilon!r} "
+            f"(accountant {accountant!r}, sample_rate {sample_rate!r}, {steps} steps): raise target_epsilon"
+        )
+    slow = accountant in ("prv", "pld")
+    high = _halved(lambda sigma: cost(sigma, "rdp" if slow else accountant) <= target_epsilon, _LEAST_NOISE, most)
+    return _closed_in(cost, target_epsilon, high) if slow else high  # they never say more than RDP: its σ is enough
+
+
+def _halved(enough: Callable[[float], bool], low: float, high: float) -> float:
     while high / low > 1.0005:
-        middle = math.sqrt(high * low)
+        middle = math.sqrt(high) * math.sqrt(low)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 
-@dataclass(frozen=True)
-class Charge:
-    """One entry of a :class:`Ledger`: so many steps with this noise multiplier σ and this sample rate q."""
-
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-
-
-class Ledger:
-    """What training on one data set has cost so far, over all its runs: write the charge first, then train.
-
-    A charge that is written *before* the training it pays for also counts a training that was killed half-way. With a
-    ``path`` the ledger lives in a file: it outlasts the process, and two processes can charge it at the same time.
-    A ledger belongs to one set of records. Two sets without a common record have two ledgers, and their ε are never
-    added (parallel composition).
-
-    Args:
-        path: the file, made at the first charge, in a folder that exists. None keeps the ledger in memory.
-
-    Attributes:
-        charges: tuple of :class:`Charge`, in the order in which they were made.
-        steps: how many steps they are.
-
-    Raises:
-        ValueError: if the file is damaged, of another version, or not a ledger. It is left as it is: an account that
-            can't be read must not start again at zero.
-
-    >>> ledger = Ledger()
-    >>> for _ in range(5):  # the two-worker blog post of 2020: five rounds of 235 steps
-    ...     _ = ledger.charge(noise_multiplier=1.2, sample_rate=128 / 30_000, steps=235)
-    >>> round(ledger.epsilon(target_delta=1e-5, accountant="rdp-classic"), 2)
-    1.01
-    """
-
-    FORMAT, VERSION = "dpteach-ledger", 1
-    id = ""
-
-    def __init__(self, path: str | os.PathLike | None = None):
-        self.path = None if path is None else Path(path)
-        self._kept: tuple[Charge, ...] = ()
-        _ = self.charges  # a damaged file is an error now, not after the first training
-
-    @property
-    def charges(self) -> tuple[Charge, ...]:
-        if self.path is None or not self.path.exists():
-            return self._kept
-        return self._read()
-
-    @property
-    def steps(self) -> int:
-        return sum(charge.steps for charge in self.charges)
-
-    def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> int:
-        """Write down ``steps`` steps that are about to run. When this returns, a file is on the disk.
-
-        Args:
-            noise_multiplier: σ >= 0; 0 makes ε infinite from here on.
-            sample_rate: q in (0, 1].
-            steps: number of steps, >= 0.
-
-        Returns:
-            How many charges were made before this one.
-
-        Raises:
-            ValueError: if an argument is out of its range, or the file is damaged. Then nothing is written: don't train.
-            OSError: if the file can't be written. Don't train.
-        """
-        sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
-        new = Charge(sigma, q, steps)
-        if self.path is None:
-            self._kept += (new,)
-            return len(self._kept) - 1
-        with FileLock(f"{self.path}.lock", timeout=30):  # read, add and write as one
-            before = self.charges
-            self._write((*before, new))
-            return len(before)
-
-    def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
-        """ε of everything that was charged, at ``target_delta``.
-
-        Args and errors as for :func:`epsilon`. Charges with different σ or q are composed as they are, none is rounded.
-        """
-        *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
-        stretches: dict[tuple[float, float], int] = {}
-        for charge in self.charges:
-            key = (charge.noise_multiplier, charge.sample_rate)
-            stretches[key] = stretches.get(key, 0) + charge.steps
-        return _of_history(tuple((*key, steps) for key, steps in stretches.items()), delta, accountant, None)
-
-    def __repr__(self) -> str:
-        return f"Ledger({'in memory' if self.path is None else str(self.path)!r}, {len(self.charges)} charges, {self.steps} steps)"
-
-    def _read(self) -> tuple[Charge, ...]:
-        def damaged(why: str) -> ValueError:
-            return ValueError(
-                f"{self.path} is not a readable ledger ({why}). It says what has been spent, so nothing may train without "
-                "it: restore it from a backup, or move it away only if no model trained on this data is ever released."
-            )
-
-        try:
-            content = json.loads(self.path.read_text(encoding="utf8"))
-            if content["format"] != self.FORMAT:
-                raise damaged(f"its format is {content['format']!r}")
-            if content["version"] != self.VERSION:
-                raise damaged(f"its version is {content['version']!r}, this program reads {self.VERSION}")
-            if content["sha256"] != _digest(content["charges"]):
-                raise damaged("its checksum does not fit its charges")
-            charges = tuple(Charge(**entry) for entry in content["charges"])
-            for c in charges:
-                _checked(c.noise_multiplier, c.sample_rate, c.steps, 1e-5, "rdp", None)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise damaged(f"{type(error).__name__}: {error}") from error
-        return charges
-
-    def _write(self, charges: tuple[Charge, ...]) -> None:
-        entries = [asdict(charge) for charge in charges]
-        content = {"format": self.FORMAT, "version": self.VERSION, "charges": entries, "sha256": _digest(entries)}
-        part = self.path.with_name(f"{self.path.name}.part")
-        with part.open("w", encoding="utf8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)  # whole or not at all
-        if os.name == "posix":  # the new name must be on the disk too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+def _closed_in(cost: Callable[[float], float], target: float, high: float) -> float:
+    """As :func:`_halved`, from above and in a few questions: log ε over log σ is nearly a straight line, falling by 1 or more."""
+    low, at_low, at_high, guess = 0.0, math.inf, 0.0, high
+    while low == 0 or high / low > 1.0005:
+        at = cost(guess)
+        if at <= target:
+            high, at_high = guess, at
+        else:
+            low, at_low = guess, at
+        if low == 0:
+            guess = high * max(0.5, 0.999 * at_high / target)
+        elif at_low == math.inf or at_high == 0:
+            guess = math.sqrt(high * low)
+        else:
+            share = math.log(at_low / target) / math.log(at_low / at_high)
+            guess = min(max(low * (high / low) ** share, low * 1.0004), high / 1.0004)
+    return high
 
 
-def _digest(entries: list) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def __getattr__(name: str):
+    if name in ("Charge", "Ledger"):  # they lived here
+        return getattr(importlib.import_module("dpteach.ledger"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alphas):
@@ -294,57 +198,115 @@ def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alp
     if alphas is not None:
         if accountant not in _ALPHAS:
             raise ValueError(f"alphas must be left out with accountant {accountant!r}: only the RDP accountants use them")
-        alphas = tuple(number("alphas", alpha, low=1, above=True) for alpha in alphas)
-        if not alphas:
-            raise ValueError("alphas must hold at least one order > 1, got none")
+        alphas = tuple(number("alphas", alpha, low=1, above=True, high=_HIGHEST_ORDER, below=False) for alpha in alphas)
+        if not 0 < len(alphas) <= _MOST_ORDERS:
+            raise ValueError(f"alphas must hold 1 to {_MOST_ORDERS} orders > 1, got {len(alphas) or 'none'}")
+    sigma = number("noise_multiplier", noise_multiplier, low=0, high=_MOST_NOISE, below=False)
+    if 0 < sigma < _LEAST_NOISE:
+        raise ValueError(f"noise_multiplier must be 0 or a number >= {_LEAST_NOISE:g}, got {noise_multiplier!r}")
     return (
-        number("noise_multiplier", noise_multiplier, low=0),
+        sigma,
         number("sample_rate", sample_rate, low=0, above=True, high=1, below=False),
-        whole("steps", steps, low=0),
+        whole("steps", steps, low=0, high=MAX_STEPS),
         number("target_delta", target_delta, low=0, above=True, high=1),
         accountant,
         alphas,
     )
 
 
-# What has run, as Opacus' accountants keep it: (noise multiplier, sample rate, steps), one entry a stretch of equal steps.
+# What has run, as Opacus' accountants keep it: (noise multiplier, sample rate, steps), one entry a setting.
 _History = tuple[tuple[float, float, int], ...]
 
 
-def _of_history(history: _History, delta: float, accountant: str, alphas) -> float:
-    history = tuple(entry for entry in history if entry[2] > 0)
+def _of_history(history: _History, delta: float, accountant: str, alphas=None, share: int = 1) -> float:
+    """ε of a history. ``share``: of how many such questions this is one; the numerical accountants then take less time."""
+    history = tuple((sigma, max(q, _RAREST), steps) for sigma, q, steps in history if steps > 0)
     if not history:
         return 0.0
     if any(sigma == 0 for sigma, _, _ in history):
         return math.inf
+    every, history = history, _with_few_settings(history, _SETTINGS[accountant])
     if accountant == "gdp":
         return _gdp(history, delta)
-    if accountant == "pld":
-        return _pld(history, delta)
-    if accountant == "prv":
-        return _prv(history, delta)
-    return float(_rdp(history, np.ones(1), delta, accountant, alphas)[0])
+    if accountant.startswith("rdp"):
+        return float(_rdp(history, np.ones(1), delta, accountant, alphas)[0])
+    bound = _of_history(every, delta, "rdp")
+    # Where δ is as small as the rounding errors of a Fourier transform, and where the exponentials overflow, RDP has the word.
+    if delta < (1e-10 if accountant == "prv" else 1e-8) or sum(steps for _, _, steps in history) > delta * 1e14 or bound > 1000:
+        return bound
+    return min(bound, (_prv if accountant == "prv" else _pld)(history, delta, bound, share))
 
 
-@functools.cache
-def _opacus_rdp() -> ModuleType:
-    """Opacus' formulas for RDP: the one file, without the rest of Opacus, which takes seconds to import."""
-    name = "opacus.accountants.analysis.rdp"
-    file = Path(importlib.util.find_spec("opacus").origin).parent / "accountants" / "analysis" / "rdp.py"
-    if not file.is_file():  # another version may keep it elsewhere
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _with_few_settings(history: _History, most: int) -> _History:
+    """The same history, or with σ rounded down and q rounded up until there are at most ``most`` settings: a bound."""
+    if len(history) <= most:
+        return history
+    width, kinds = 0.01, history
+    while len(kinds) > most:
+        kinds = {}
+        for sigma, q, steps in history:
+            key = (math.floor(math.log(sigma) / width), math.floor(math.log(q) / width))
+            least, rate, so_far = kinds.get(key, (sigma, q, 0))
+            kinds[key] = (min(least, sigma), max(rate, q), so_far + steps)
+        width *= 2
+    return tuple(kinds.values())
 
 
-@functools.lru_cache(maxsize=256)
-def _rdp_of_one_step(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarray:
-    return np.asarray(_opacus_rdp().compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=list(alphas)))
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 
 
-def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _divergences(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarray:
+    """RDP of one step at each order α >= 1 (at 1: the mean of the privacy loss).
+
+    Integrated numerically; Opacus sums series, which gives the same within 1e-11, but takes seconds for some settings, and can
+    come out below zero or not at all for a large σ.
+
+    Source: Mironov et al. 2019, Section 3.
+    """
+    if q == 1:
+        return np.array(alphas) / (2 * sigma**2)
+    if sigma < 0.02:  # the Gaussian of the record outweighs the rest: Minkowski's inequality is an equation to 16 digits
+        alpha = np.array(alphas)
+        return alpha / (alpha - 1) * np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
+    with np.errstate(all="ignore"):
+        return np.array([_divergence(sigma, q, alpha) for alpha in alphas])
+
+
+def _divergence(sigma: float, q: float, alpha: float) -> float:
+    # E[(1 + v)^α] over z ~ N(0, 1), with 1 + v = 1 − q + q·exp(z/σ − 1/(2σ²)). As E[v] = 0, this is 1 + E[(1 + v)^α − 1 − αv]:
+    # what is integrated is never negative, so nothing cancels. It is large near 0, 2/σ or α/σ, or where q·exp(…) passes 1 − q.
+    top = max(alpha, 2) / sigma + 10
+    if sigma >= 1:
+        edges = np.arange(-10, top + 0.75, 0.75)
+    else:
+        turn = sigma * (math.log1p(-q) - math.log(q)) + 1 / (2 * sigma)
+        edges = np.concatenate(
+            [turn + sigma * np.arange(-20, 21), *(peak / sigma + np.arange(-10, 10.5, 0.75) for peak in (0, 2, alpha))]
+        )
+        edges = np.unique(edges[(edges >= -10) & (edges <= top)])
+    half = np.diff(edges)[:, None] / 2
+    z = (edges[:-1, None] + half + half * _NODES).ravel()
+    t = z / sigma - 1 / (2 * sigma**2)
+    v, loss = q * np.expm1(t), np.logaddexp(math.log1p(-q), math.log(q) + t)  # loss = log(1 + v)
+    # The logarithm of ((1 + v)^α − 1 − αv) / (α − 1): from its series where v is small, without overflow where it is large.
+    if alpha == 1:
+        excess = np.where(loss < 300, np.log(np.exp(loss) * loss - v), loss + np.log(loss - 1))
+    else:
+        x = alpha * loss
+        excess = np.where(x < 300, np.log(np.expm1(x) - alpha * v), x + np.log1p(-np.exp(math.log(alpha) + loss - x)))
+        excess -= math.log(alpha - 1)
+    small = np.abs(alpha * v) < 0.1
+    few, series = v[small], 1.0
+    for k in range(10, 2, -1):
+        series = 1 + series * few * (alpha - k + 1) / k
+    excess[small] = np.log(alpha / 2 * few**2 * series)
+    parts = np.log((half * _WEIGHTS).ravel()) - z * z / 2 + excess
+    log_mean = np.logaddexp.reduce(parts) - math.log(2 * math.pi) / 2
+    return float(math.exp(log_mean) if alpha == 1 else np.logaddexp(0, math.log(alpha - 1) + log_mean) / (alpha - 1))
+
+
+def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas=None) -> np.ndarray:
     """ε of the whole history ``times`` times over, one value for each of ``times``."""
     orders = alphas or _ALPHAS[accountant]
     alpha = np.asarray(orders, dtype=np.float64)
@@ -352,7 +314,7 @@ def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -
         convert = np.log1p(-1 / alpha) - (math.log(delta) + np.log(alpha)) / (alpha - 1)
     else:  # Mironov 2017, Proposition 3
         convert = -math.log(delta) / (alpha - 1)
-    total = sum(steps * _rdp_of_one_step(sigma, q, tuple(orders)) for sigma, q, steps in history)
+    total = sum(steps * _divergences(sigma, q, tuple(orders)) for sigma, q, steps in history)
     best = np.full(len(times), np.inf)
     for rdp, extra in zip(total, convert):
         if math.isfinite(rdp):
@@ -361,45 +323,82 @@ def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas) -
 
 
 @functools.lru_cache(maxsize=256)
-def _prv(history: _History, delta) -> float:
-    bound = float(_rdp(history, np.ones(1), delta, "rdp", None)[0])
-    # Below, PRV's rounding errors are as large as δ; above, it takes seconds only to overflow.
-    if delta < 1e-10 or bound > 1000:
-        return bound
-    steps = sum(steps for _, _, steps in history)
-    points = 2 * bound / 0.01 * math.sqrt(steps * math.log(12_000 / delta) / 2)  # Gopi et al. 2021: mesh ∝ error / √steps
-    from opacus.accountants import PRVAccountant
+def _prv(history: _History, delta: float, bound: float, share: int) -> float:
+    from opacus.accountants.analysis import prv
 
-    accountant = PRVAccountant()
-    accountant.history = list(history)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
+    # As Opacus' PRVAccountant, with three changes: the mesh has a power of two of points, and never too many; the mean loss is
+    # accurate also when it counts 10⁸ times; no warnings, as there is no safe way to silence them in a thread.
+    delta_error, times = delta / 1000, [steps for _, _, steps in history]
+    reach = 3 + max(
+        _of_history(history, delta_error / 4, "rdp"),
+        *(_of_history(((sigma, q, 1),), delta_error / (8 * sum(times)), "rdp") for sigma, q, _ in history),
+    )
+    meshes = math.sqrt(sum(times) * math.log(12 / delta_error) / 2)  # Gopi et al. 2021: this many meshes are the error
+    points = 1 << math.ceil(math.log2(2 * reach * meshes / 0.01 + 2))
+    most = 1 << int(math.log2(_PRV_POINTS / (share * len(history))))
+    mesh = reach / (min(points, most) / 2 - 1)
+    error = 0.01 if points <= most else mesh * meshes
+    if error > bound:
+        return bound
+    domain = prv.Domain(-reach, reach + mesh, min(points, most))
+    with np.errstate(all="ignore"):
         try:
-            value = float(accountant.get_epsilon(delta, eps_error=0.01 * max(1.0, points / _MESH_POINTS)))
+            steps = [prv.discretize(_Loss(sigma, q, domain), domain) for sigma, q, _ in history]
+            value = float(prv.compose_heterogeneous(steps, times).compute_epsilon(delta, delta_error, error)[2])
         except (ValueError, RuntimeError, FloatingPointError, OverflowError):
-            value = math.nan
-    # Near 709 PRV's exponentials overflow, and it says about 711 for whatever is larger: RDP's bound holds there too.
+            return bound
+    # Near 709 the exponentials overflow, and about 711 comes out for whatever is larger.
     return max(value, 0.0) if value < 700 else bound
 
 
+class _Loss:
+    """The privacy loss of one step, for Opacus' ``discretize``."""
+
+    def __init__(self, sigma: float, q: float, domain):
+        from opacus.accountants.analysis import prv
+
+        self._mean = float(_divergences(sigma, q, (1.0,))[0])
+        self.cdf = prv.TruncatedPrivacyRandomVariable(prv.PoissonSubsampledGaussianPRV(q, sigma), domain.t_min, domain.t_max).cdf
+
+    def mean(self) -> float:
+        return self._mean
+
+
 def _gdp(history: _History, delta) -> float:
-    from opacus.accountants.analysis.gdp import compute_mu_poisson, delta_eps_mu, eps_from_mu
+    from opacus.accountants.analysis.gdp import delta_eps_mu, eps_from_mu
 
     with np.errstate(all="ignore"):
-        mu = math.hypot(*(
-            float(compute_mu_poisson(steps=steps, noise_multiplier=sigma, sample_rate=q)) for sigma, q, steps in history
-        ))
-        if delta_eps_mu(eps=0.0, mu=mu) <= delta:
+        # Opacus' compute_mu_poisson, with expm1: it stays above zero for a large σ.
+        mu = math.hypot(*(float(q * np.sqrt(steps * np.expm1(sigma**-2))) for sigma, q, steps in history))
+        if mu == 0 or delta_eps_mu(eps=0.0, mu=mu) <= delta:
             return 0.0
         # Opacus searches ε up to 500.
         return float(eps_from_mu(mu=mu, delta=delta)) if delta_eps_mu(eps=500.0, mu=mu) < delta else math.inf
 
 
-def _pld(history: _History, delta) -> float:
+@functools.lru_cache(maxsize=256)
+def _pld(history: _History, delta: float, bound: float, share: int) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant()
-    for sigma, q, steps in history:
-        accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps))
-    return float(accountant.get_epsilon(delta))
+    # How far the losses of one step, and of all, can spread. (dp-accounting bounds the latter at orders of 1 / ``one`` and more.)
+    ones = [_loss_at(sigma, q, 10) - _loss_at(sigma, q, -10) for sigma, q, _ in history]
+    if min(ones) == 0:
+        return bound
+    spread = 2 * _of_history(history, 1e-15, "rdp") + sum(
+        2 * one + 2 * steps * _divergences(sigma, q, (1.0,))[0] / one for (sigma, q, steps), one in zip(history, ones)
+    )
+    width = max(1e-4, share * len(history) * max(ones) / _PLD_POINTS[0], share * spread / _PLD_POINTS[1])
+    # Its exponentials overflow; its grid can't resolve a step; it computes (points of one step) ** steps as an exact integer.
+    if max(ones) > 600 or min(ones) < 20 * width or max(steps for _, _, steps in history) > 200_000:
+        return bound
+    accountant = PLDAccountant(value_discretization_interval=width)
+    with np.errstate(all="ignore"):
+        for sigma, q, steps in history:
+            accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps))
+        return float(accountant.get_epsilon(delta))
+
+
+def _loss_at(sigma: float, q: float, z: float) -> float:
+    rest = math.log1p(-q) if q < 1 else -math.inf
+    return float(np.logaddexp(rest, math.log(q) + z / sigma + 1 / (2 * sigma**2)))

@@ -1,7 +1,8 @@
 """Attacks on a trained model: was this record in its training set?
 
 Every attack here gives one score to a record, higher where the record looks more like a member. How good the scores are
-is then a question about two lists of numbers, the members' and the non-members': :func:`roc_curve` and :func:`auc`.
+is then a question about two lists of numbers, the members' and the non-members': :func:`roc_curve`, :func:`auc` and
+:func:`true_positive_rate_at`.
 """
 
 import torch
@@ -95,6 +96,31 @@ def roc_curve(member_scores: Tensor, non_member_scores: Tensor) -> tuple[Tensor,
         return torch.cat([torch.zeros(1, dtype=torch.float64), 1 - below.double() / len(scores)])
 
     return rate(non_members), rate(members)
+
+
+def true_positive_rate_at(member_scores: Tensor, non_member_scores: Tensor, false_positive_rate: float) -> float:
+    """The largest share of members that a threshold finds while few enough non-members are above it.
+
+    An :func:`auc` is an average over all thresholds; this is the end of the curve where a "yes" can be trusted.
+
+    Args:
+        member_scores, non_member_scores: as for :func:`roc_curve`, and with its errors.
+        false_positive_rate: the share of non-members allowed at or above the threshold, in [0, 1].
+
+    Returns:
+        In [0, 1]. Guessing gives about ``false_positive_rate``.
+
+    Raises:
+        ValueError: if ``false_positive_rate`` is out of its range.
+
+    Source: Carlini et al. 2022, *Membership inference attacks from first principles*.
+
+    >>> true_positive_rate_at(torch.tensor([4.0, 1.0]), torch.tensor([3.0, 2.0, 1.0, 0.0]), false_positive_rate=0.25)
+    0.5
+    """
+    allowed = number("false_positive_rate", false_positive_rate, low=0, high=1, below=False)
+    false_positives, found = roc_curve(member_scores, non_member_scores)
+    return found[false_positives <= allowed + 1e-9].max().item()  # 1 of 100 is 0.01 only up to rounding
 
 
 def auc(member_scores: Tensor, non_member_scores: Tensor) -> float:

@@ -20,19 +20,23 @@ _WITHOUT_PARAMETERS = (
 _NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
 
 
-def plain_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The model's layers in order, if every one is known, none is used twice and all is trained; else None."""
+def known_layers(model: nn.Module) -> list[nn.Module] | None:
+    """The model's layers in order, if every one is known to treat each sample alone and no hook is set; else None."""
     layers = _in_order(model)
-    if layers is None or _hooked(model) or not all(map(_known, layers)):
-        return None
-    taught = [p for layer in layers for p in layer.parameters()]
+    return layers if layers is not None and not _hooked(model) and all(map(_known, layers)) else None
+
+
+def plain_layers(model: nn.Module) -> list[nn.Module] | None:
+    """The model's layers in order, if all are known, none is used twice and all is trained; else None."""
+    layers = known_layers(model)
+    taught = [p for layer in layers or () for p in layer.parameters()]
     return layers if taught and len({id(p) for p in taught}) == len(taught) and all(p.requires_grad for p in taught) else None
 
 
 def draws(model: nn.Module) -> bool:
     """Whether the model may draw random numbers in training: it has a layer that does, or one that is not known."""
-    layers = _in_order(model)
-    return layers is None or not all(_known(layer) and type(layer) is not nn.Dropout for layer in layers)
+    layers = known_layers(model)
+    return layers is None or any(type(layer) is nn.Dropout for layer in layers)
 
 
 def clipped_sum_of_layers(
@@ -57,7 +61,7 @@ def clipped_sum_of_layers(
             taps.append((layer, inputs.detach(), h))
     losses = losses_of(h)
     output_grads = torch.autograd.grad(losses.sum(), [output for _, _, output in taps])
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(X.device.type, enabled=False):  # which would sum in half precision
         tapes = [_LayerTape(layer, _wide(a), _wide(g)) for (layer, a, _), g in zip(taps, output_grads)]
         norms = sum(tape.squared_norms for tape in tapes).sqrt()
         if not bool((norms <= _NORM_AT_MOST).all()):  # NaN too
@@ -85,14 +89,14 @@ class _LayerTape:
         return 0.0 if self.layer.bias is None else value
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """Σ wᵢ·gradientᵢ of the layer's weight and of its bias, flattened."""
+        """Σ wᵢ·gradientᵢ of the layer's parameters, flattened, in the order in which the layer has them."""
         column = weights.unsqueeze(1)
         if isinstance(self.layer, nn.Conv2d):
-            parts = [(self.grads.flatten(1) * column).sum(0), (self.bias_grads * column).sum(0)]
+            parts = {"weight": (self.grads.flatten(1) * column).sum(0), "bias": (self.bias_grads * column).sum(0)}
         else:
             g = self.g * column
-            parts = [(g.mT @ self.a).flatten(), g.sum(0)]
-        return parts if self.layer.bias is not None else parts[:1]
+            parts = {"weight": (g.mT @ self.a).flatten(), "bias": g.sum(0)}
+        return [parts[name] for name, _ in self.layer.named_parameters()]
 
 
 def _squared(rows: Tensor) -> Tensor:

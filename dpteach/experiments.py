@@ -16,7 +16,7 @@ import torch
 from dpteach import models
 from dpteach._checks import choice
 from dpteach.accounting import epsilon, noise_multiplier_for
-from dpteach.data import load_mnist, split
+from dpteach.data import Data, load_mnist, split
 from dpteach.federated import Worker, train_rounds
 from dpteach.training import Settings, train
 
@@ -74,15 +74,17 @@ def _guide() -> Iterator[dict]:
         yield from guide_run(60_000, target, 10, 0)
 
 
-def two_workers_run(n: int, rounds: int, *, skew: float = 0.0, sizes: tuple[float, float] = (1, 1), weights: str = "size",
-                    seed: int = 0) -> Iterator[dict]:
+def two_workers_run(n: int, rounds: int, *, method: str = "dpsgd", skew: float = 0.0, sizes: tuple[float, float] = (1, 1),
+                    weights: str = "size", seed: int = 0) -> Iterator[dict]:
     """The two workers of a blog post of 2020 (PySyft and Opacus), a row a round and worker.
 
-    MNIST over alice and bob, the small CNN, σ = 1.2, C = 1, batch 128, learning rate 0.1, one local epoch a round.
+    MNIST over alice and bob, its pixels shifted by 0.1307 and divided by 0.3081 as in the post; the small CNN, σ = 1.2,
+    C = 1, batch 128, learning rate 0.1, one local epoch a round.
 
     Args:
         n: how many of the training images, from the first one on; the post takes all 60,000.
         rounds: the post has 5.
+        method: as for :func:`dpteach.training.train`; ``"sgd"`` is the same without clipping and noise.
         skew, sizes: as ``skew`` and ``weights`` of :func:`dpteach.data.split`.
         weights: ``"size"`` or ``"equal"``, as for :func:`dpteach.federated.train_rounds`.
         seed: of the split, the weights, the batches and the noise.
@@ -90,17 +92,18 @@ def two_workers_run(n: int, rounds: int, *, skew: float = 0.0, sizes: tuple[floa
     Yields:
         A dict by round and worker: the arguments, ``round, worker, records, loss`` (mean over the round's batches), ``accuracy``
         (of the average, on the 10,000 test images), ``epsilon_prv``, ``epsilon_rdp`` and ``epsilon_classic`` (of all rounds so
-        far, for this worker's records), ``seconds`` so far.
+        far, for this worker's records; infinite without privacy), ``seconds`` so far.
     """
     settings = Settings(1.2, 1.0, epochs=1, batch_size=128, lr=0.1, target_delta=1e-5, seed=seed)
-    parts = split(load_mnist().take(n), 2, skew, sizes, seed=seed)
-    workers = [Worker(name, part, settings) for name, part in zip(("alice", "bob"), parts)]
+    images, unseen = (Data((data.X - 0.1307) / 0.3081, data.y) for data in (load_mnist().take(n), load_mnist(train=False)))
+    parts = split(images, 2, skew, sizes, seed=seed)
+    workers = [Worker(name, part, settings, method=method) for name, part in zip(("alice", "bob"), parts)]
     began = time.perf_counter()
-    for made in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=load_mnist(train=False)):
+    for made in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
         seconds = round(time.perf_counter() - began, 1)
         for worker in workers:
             yield {
-                "n": n, "skew": skew, "sizes": ":".join(f"{size:g}" for size in sizes), "weights": weights, "seed": seed,
+                "n": n, "method": method, "skew": skew, "sizes": ":".join(f"{size:g}" for size in sizes), "weights": weights, "seed": seed,
                 "rounds": rounds, "round": made.round, "worker": worker.name, "records": len(worker.data),
                 "loss": round(made.losses[worker.name], 4), "accuracy": made.accuracy,
                 **{f"epsilon_{short}": round(worker.epsilon(accountant), 4)
@@ -115,6 +118,11 @@ def _two_workers() -> Iterator[dict]:
     yield from two_workers_run(60_000, 5, sizes=(9, 1))
     yield from two_workers_run(60_000, 5, sizes=(9, 1), weights="equal")
     yield from two_workers_run(60_000, 5, skew=0.9)
+
+
+def _two_workers_plain() -> Iterator[dict]:
+    yield from two_workers_run(2000, 1, method="sgd")  # the small rows that a test runs again
+    yield from two_workers_run(60_000, 5, method="sgd")
 
 
 def _twenty_clients() -> Iterator[dict]:
@@ -137,7 +145,8 @@ def _twenty_clients() -> Iterator[dict]:
                 }
 
 
-EXPERIMENTS = {"twenty-minute-guide": _guide, "two-workers": _two_workers, "twenty-clients": _twenty_clients}
+EXPERIMENTS = {"twenty-minute-guide": _guide, "two-workers": _two_workers, "two-workers-plain": _two_workers_plain,
+               "twenty-clients": _twenty_clients}
 
 
 def run(name: str) -> Path:

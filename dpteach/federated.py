@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpteach._checks import choice, number, whole
-from dpteach.accounting import Ledger
+from dpteach.ledger import Ledger
 from dpteach.data import Data
 from dpteach.training import Settings, Step, accuracy, check, train
 
@@ -169,18 +169,19 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
                 f"models must have the same names and shapes, got a model {k} that differs from model 0 at {unlike[0]!r}. "
                 "(Opacus' wrapper adds '_module.': hand in model._module.)"
             )
-    for name in dict(models[0].named_buffers()):
-        if name in shapes[0] and not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
+    for name in states[0].keys() - dict(models[0].named_parameters(remove_duplicate=False)).keys():
+        if not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
             raise ValueError(
                 f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the records that no noise "
                 "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release only these."
             )
-    total = sum(weights)
+    largest = max(weights)
+    total = sum(w / largest for w in weights)
 
     def mean(values: list[Tensor]) -> Tensor:
         if all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0].clone()
-        return sum(value * (w / total) for value, w in zip(values, weights))
+        return sum(value * (w / largest / total) for value, w in zip(values, weights))
 
     return {name: mean([state[name] for state in states]) for name in states[0]}
 

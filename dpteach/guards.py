@@ -1,13 +1,17 @@
 """What a model must be so that private training releases the noisy gradients and nothing else."""
 
+import copy
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 _PROBED: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+RANDOM_STATE = threading.RLock()  # held by whoever swaps PyTorch's global random state, which all threads share
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -45,9 +49,9 @@ def check_model(model: nn.Module) -> None:
 def check_alone(model: nn.Module, X: Tensor) -> None:
     """Refuse a model that mixes the samples of a batch, or keeps something of them: a probe on a few records, once a model.
 
-    The model runs on one record alone, beside others, and beside others again that are different. Its output for the record
-    must stay what it was, and so must its parameters, its buffers and the tensors that its layers hold. A probe finds what
-    shows on these records; it is no proof.
+    Copies of the model run on one record alone, beside others, and beside others again that are different, with the same random
+    numbers. The output for the record must stay what it was. Two copies that saw different records must hold the same
+    afterwards, in all their attributes. A probe finds what shows on these records; it is no proof.
 
     Args:
         model: left as it was.
@@ -56,119 +60,205 @@ def check_alone(model: nn.Module, X: Tensor) -> None:
     Raises:
         ValueError: says what was seen.
     """
-    shape = tuple((id(layer), layer.training) for layer in model.modules())
-    if len(X) == 0 or _PROBED.get(model) == shape:
+    now = shape_of(model)
+    if len(X) == 0 or (model in _PROBED and same_shape(_PROBED[model], now)):
         return
-    one, others = X[:1], (X[1:4] if len(X) > 1 else X[:1])
-    unlike = 1 - 2 * others if X.is_floating_point() else X[-3:].flip(0)
-    modes = {layer: layer.training for layer in model.modules()}
-    state = _Kept(model, parameters=True)
-    random = torch.get_rng_state()
-    try:
-        for layer in modes:
-            if isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU)):
-                layer.training = False
-        with torch.no_grad():
-            outputs = _outputs(model, one, others, unlike)
-            if isinstance(outputs[0], Tensor) and not _near(*outputs[:2]):  # something else draws random numbers: try it at rest
-                model.eval()
-                outputs = _outputs(model, one, others, unlike)
-        held, later = outputs[4:]
-        changed = state.moved()
-        changed += [name for name in later if name not in held or not _same(later[name], held[name])]
-    finally:
-        torch.set_rng_state(random)
-        for layer, mode in modes.items():
-            layer.training = mode
-        state.put_back()
-    if changed:
+    before = dict(_leaves(model))
+    loose = [path for path, tensor in _tensors(model) if tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, nn.Parameter)]
+    if loose:
+        raise ValueError(f"model must hold what it trains as nn.Parameter, but {loose[0]!r} asks for a gradient and is none")
+    with RANDOM_STATE, _random_state_kept():
+        runs = [_Probe(model, X, perturbed) for perturbed in (True, False)]
+    if dict(_leaves(model)) != before:
+        raise ValueError("model must not be changed by a copy of it that runs: a hook or a global keeps something of the records")
+    kept = [name for run in runs for name in run.kept]
+    if kept:
         raise ValueError(
-            f"model must change by its noisy gradient only, but its forward pass changes {changed[0]!r}: what it keeps of the "
+            f"model must change by its noisy gradient only, but its forward pass changes {kept[0]!r}: what it keeps of the "
             "records would leave with it, and no noise covers it. Take that out of the model."
         )
-    together, again, alone, beside = outputs[:4]
-    if not isinstance(together, Tensor) or together.dim() == 0:
-        raise ValueError(f"model must return a tensor with one row a sample, got {type(together).__name__}")
-    if len(together) != 1 + len(others) or len(alone) != 1:
+    mixed = [why for run in runs for why in run.mixed]
+    if mixed:
         raise ValueError(
-            f"model must treat each sample alone, but it gives {len(together)} outputs for {1 + len(others)} samples: it mixes them"
+            f"model must treat each sample alone, but {mixed[0]}: then no sample has a gradient of its own, and clipping bounds "
+            "nothing. Find the layer that works along the first dimension."
         )
-    if _near(together, again) and not (_near(together[:1], alone) and _near(together[:1], beside[:1])):
-        raise ValueError(
-            "model must treat each sample alone, but its output for one sample depends on the others in the batch: then no sample "
-            "has a gradient of its own, and clipping bounds nothing. Find the layer that works along the first dimension."
-        )
-    _PROBED[model] = shape
+    _PROBED[model] = now
+
+
+class _Probe:
+    """What copies of a model do with a record: what they ``kept`` of it, and how it ``mixed`` with others."""
+
+    def __init__(self, model: nn.Module, X: Tensor, perturbed: bool):
+        finite = X.flatten(1).isfinite().all(1) if X.is_floating_point() else torch.ones(len(X), dtype=torch.bool)
+        X = X[finite.nonzero().squeeze(1)][:4]
+        generator = torch.Generator().manual_seed(1)
+        if len(X) == 0:
+            self.kept = self.mixed = []
+            return
+        self.one, others = X[:1].clone(), torch.cat([X[1:], X[:1]])
+        if X.is_floating_point():
+            noise = torch.randn(others.shape, generator=generator, dtype=torch.float64).to(others)
+            self.beside = [others, 1 - 2 * others, 10 * noise, others.repeat(8, *[1] * (X.dim() - 1)) + 1]
+        else:
+            values = X.flatten()
+            drawn = torch.randint(len(values), (3, *others.shape), generator=generator).to(values.device)
+            self.beside = [others, *values[drawn], others.repeat(8, *[1] * (X.dim() - 1))]
+        self.perturbed, self.kept, self.mixed = perturbed, [], []
+        first, second = self._copy(model), self._copy(model)
+        with torch.no_grad():
+            inputs = [torch.cat([self.one, others_]) for others_ in self.beside]
+            outputs = [self._run(first, x) for x in inputs]
+            for x in inputs:  # the same shapes, other records
+                self._run(second, x.flip(0) if not x.is_floating_point() else x.flip(0) * 0.5 + 0.25)
+            held, other = dict(_leaves(first)), dict(_leaves(second))
+            self.kept = sorted(name for name in held.keys() | other.keys() if held.get(name) != other.get(name))
+            if not self.kept:
+                self._compare(first, inputs, outputs)
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        made = copied(model)
+        if self.perturbed:  # a head of zeros would hide what stands before it
+            generator = torch.Generator().manual_seed(2)
+            with torch.no_grad():
+                for p in made.parameters():
+                    if p.is_floating_point():
+                        p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+        return made
+
+    def _run(self, model: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        output = model(x.clone())
+        if not isinstance(output, Tensor) or output.dim() == 0:
+            raise ValueError(f"model must return a tensor with one row a sample, got {type(output).__name__}")
+        return output
+
+    def _compare(self, model: nn.Module, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        for x, output in zip(inputs, outputs):
+            if len(output) != len(x):
+                self.mixed.append(f"it gives {len(output)} outputs for {len(x)} samples")
+                return
+        depends = "its output for one sample depends on the others in the batch"
+        # Beside three others each: what is drawn for the record is the same in all of these.
+        if not all(_near(outputs[0][:1], output[:1]) for output in outputs[1:-1] if len(output) == len(outputs[0])):
+            self.mixed.append(depends)
+        for layer in model.modules():
+            if isinstance(layer, RANDOM_LAYERS):
+                layer.training = False
+        if not _near(self._run(model, inputs[0]), self._run_again(model, inputs[0])):  # something else draws
+            model.eval()
+        calm = _near(self._run(model, inputs[0]), self._run_again(model, inputs[0]))
+        alone = self._run(model, self.one)
+        if calm and not all(_near(alone, self._run(model, x)[:1]) for x in inputs):
+            self.mixed.append(depends)
+
+    def _run_again(self, model: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(4)
+        return model(x.clone())
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that holds computed tensors, as pruning and the old weight_norm leave them.
+
+    Raises:
+        ValueError: if it can't be copied.
+    """
+    computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
+    try:
+        return copy.deepcopy(model, computed)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back, and refuse, whatever the block changes in the model's buffers: no noise covers them.
+def kept_still(model: nn.Module) -> Iterator[None]:
+    """Put back, and refuse, whatever the block changes in the model's parameters and buffers: no noise covers it.
 
     Raises:
-        ValueError: names the buffer.
+        ValueError: names what has moved.
     """
-    state = _Kept(model)
-    yield
-    moved = state.moved()
-    state.put_back()
+    before = [
+        (f"{path}.{key}".removeprefix("."), place, key, value, value.detach().clone())
+        for path, layer in model.named_modules() for place in (layer._buffers, layer._parameters)
+        for key, value in place.items() if value is not None
+    ]
+    moved = []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, place, key, value, old in before:
+                if place.get(key) is not value or not _same(value, old):
+                    moved.append(name)
+                    place[key] = value
+                    value.copy_(old)
     if moved:
         raise ValueError(
-            f"model must change by its noisy gradient only, but a training step changed its buffer {moved[0]!r}, which no noise "
-            "covers (it is put back). Take the buffer out of the model, or keep it from moving."
+            f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward pass, which no "
+            "noise covers (it is put back). Take that out of the model."
         )
 
 
-class _Kept:
-    """A model's buffers, and its parameters if asked for, as they are now."""
-
-    def __init__(self, model: nn.Module, parameters: bool = False):
-        self._places = [
-            (f"{path}.{key}".removeprefix("."), place, key, value, value.detach().clone())
-            for path, layer in model.named_modules()
-            for place in ((layer._buffers, layer._parameters) if parameters else (layer._buffers,))
-            for key, value in place.items() if value is not None
-        ]
-
-    def moved(self) -> list[str]:
-        """The names of those that are another tensor now, or hold other values."""
-        return [name for name, place, key, value, before in self._places if place[key] is not value or not _same(value, before)]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for _, place, key, value, before in self._places:
-            place[key] = value
-            if not _same(value, before):
-                value.copy_(before)
+def shape_of(model: nn.Module) -> tuple:
+    """The layers a model is made of, their modes, and how many hooks they have: a change of these is another model."""
+    return tuple(
+        (weakref.ref(layer), layer.training, *(tuple(getattr(layer, name)) for name in HOOKS)) for layer in model.modules()
+    )
 
 
-def _outputs(model: nn.Module, one: Tensor, others: Tensor, unlike: Tensor) -> tuple:
-    """What the model gives for the record beside others (twice), alone, and beside other ones; what it held first and last."""
-    together = model(torch.cat([one, others]))
-    held = _held(model)
-    return together, model(torch.cat([one, others])), model(one), model(torch.cat([one, unlike])), held, _held(model)
+def same_shape(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(x[0]() is y[0]() is not None and x[1:] == y[1:] for x, y in zip(a, b))
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that the layers hold beside parameters and buffers: ``self.last = x``, ``self.seen.append(x)``."""
+RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-    def tensors(name, value):
-        if isinstance(value, Tensor):
-            yield name, value.detach().clone()
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+def _walk(value, path="", seen=None, depth=0):
+    """All that hangs on an object, by path: ``(path, value)`` for each tensor, array, number and text."""
+    seen = set() if seen is None else seen
+    if isinstance(value, (Tensor, np.ndarray, int, float, complex, str, bytes)):
+        yield path, value
+    elif id(value) in seen or depth > 20 or callable(value) and not isinstance(value, nn.Module):
+        return
+    else:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            inner = [(f"{path}[{key!r}]", item) for key, item in value.items()]
         elif isinstance(value, (list, tuple)):
-            for k, inner in enumerate(value):
-                yield from tensors(f"{name}[{k}]", inner)
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                yield from tensors(f"{name}[{key!r}]", inner)
+            inner = [(f"{path}[{k}]", item) for k, item in enumerate(value)]
+        elif isinstance(value, (set, frozenset)):
+            inner = [(f"{path}{{{k}}}", item) for k, item in enumerate(value)]
+        elif isinstance(value, nn.Module):
+            parts = {**value._modules, **value._parameters, **value._buffers}
+            own = {key: item for key, item in vars(value).items() if key not in ("_modules", "_parameters", "_buffers", *HOOKS)}
+            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in {**parts, **own}.items()]
+        else:
+            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in getattr(value, "__dict__", {}).items()]
+        for name, item in inner:
+            yield from _walk(item, name, seen, depth + 1)
 
-    own = {"_parameters", "_buffers", "_modules"}
-    found = {}
-    for path, layer in model.named_modules():
-        for key, value in vars(layer).items():
-            if key not in own:
-                found |= dict(tensors(f"{path}.{key}".removeprefix("."), value))
-    return found
+
+def _tensors(model: nn.Module):
+    return ((path, value) for path, value in _walk(model) if isinstance(value, Tensor))
+
+
+def _leaves(model: nn.Module):
+    for path, value in _walk(model):
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            yield path, (str(value.dtype), tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes()
+                         if value.dim() else repr(value.item()))
+        elif isinstance(value, np.ndarray):
+            yield path, (value.dtype.str, value.shape, value.tobytes())
+        else:
+            yield path, repr(value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GITHUB = "https://github.com/"
 _ADDRESS = re.compile(rf'(?m)^(Repository = "{GITHUB})([^"]+)(")')
-_BADGE = re.compile(r"\n\[!\[Open in Colab\]\([^\n]*\n")
+# Colab has no Flower, and nobody has run it there: a sentence in the place of the badge.
+NOT_ON_COLAB = {"07_flower.ipynb": "*Not on Colab, which has no Flower: run this notebook on a machine of your own.*"}
+_BADGE = re.compile(rf"\n(\[!\[Open in Colab\]\([^\n]*|{'|'.join(map(re.escape, NOT_ON_COLAB.values()))})\n")
 
 
 def address(root: Path = ROOT) -> str:
@@ -21,7 +23,9 @@ def address(root: Path = ROOT) -> str:
 
 
 def badge(repository: str, notebook: str) -> str:
-    """Markdown: a picture that opens ``notebooks/{notebook}`` on Colab."""
+    """Markdown: a picture that opens ``notebooks/{notebook}`` on Colab, or the sentence that says why there is none."""
+    if notebook in NOT_ON_COLAB:
+        return NOT_ON_COLAB[notebook]
     site = "https://colab.research.google.com"
     return f"[![Open in Colab]({site}/assets/colab-badge.svg)]({site}/github/{repository}/blob/main/notebooks/{notebook})"
 

@@ -34,6 +34,8 @@ class SystemRandom:
         half = (n + 1) // 2
         draws = self.uniform(2 * half)
         radius, angle = draws[:half], draws[half:]
-        radius = torch.sqrt(-2 * torch.log1p(-radius))  # 1 - u is never 0
+        small = radius < 2.0**-20  # far out on the tail, 53 bits would leave gaps: 53 more
+        radius[small] += self.uniform(int(small.sum())) * 2.0**-53
+        radius = torch.sqrt(-2 * torch.log(radius.clamp(min=2.0**-106)))
         angle = 2 * math.pi * angle
         return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:n]

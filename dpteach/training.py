@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from dpteach._checks import choice, clipping_norm, number, whole
 from dpteach.accounting import epsilon_path
-from dpteach.bookkeeping import draws
+from dpteach.bookkeeping import draws, known_layers
 from dpteach.data import Data
-from dpteach.guards import buffers_kept, check_alone, check_model, check_trainable
-from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, poisson_batches, sample_losses
+from dpteach.guards import RANDOM_LAYERS, RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, same_shape, shape_of
+from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, per_sample_gradients, poisson_batches, sample_losses
 from dpteach.randomness import SystemRandom
 
 METHODS = ("sgd", "dpsgd", "opacus")
@@ -190,8 +190,8 @@ def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dp
     model.train()
     try:
         check_model(model)
-        if draws(model):  # a layer that is not known
-            check_alone(model, data.X[:4].to(next(model.parameters()).device))
+        if known_layers(model) is None:
+            check_alone(model, data.X[:64].to(next(model.parameters()).device))
     finally:
         for layer, mode in modes.items():
             layer.training = mode
@@ -257,8 +257,8 @@ def _seeds(seed: int | None) -> list[int]:
 def _own_random_numbers(model: nn.Module, seed: int | None):
     """A context for each forward pass: Dropout draws from the run's own stream, and the reader's global one stays where it was.
 
-    PyTorch's layers know the global stream only, so it is swapped, where the model may draw at all: another thread that draws in
-    the meantime would get the run's numbers.
+    PyTorch's layers know the global stream only, so it is swapped, where the model may draw at all, by one run at a time. Code of
+    the reader's that draws from the global stream in another thread at that moment gets the run's numbers.
     """
     device = next(model.parameters()).device
     own = {"cpu": torch.Generator().manual_seed(_seeds(seed)[2]).get_state()}
@@ -269,15 +269,16 @@ def _own_random_numbers(model: nn.Module, seed: int | None):
 
     @contextmanager
     def swapped():
-        outside = {kind: get[kind]() for kind in own}
-        try:
-            for kind in own:
-                put[kind](own[kind])
-            yield
-        finally:
-            for kind in own:
-                own[kind] = get[kind]()
-                put[kind](outside[kind])
+        with RANDOM_STATE:
+            outside = {kind: get[kind]() for kind in own}
+            try:
+                for kind, state in own.items():
+                    put[kind](state)
+                yield
+            finally:
+                for kind, state in outside.items():
+                    own[kind] = get[kind]()
+                    put[kind](state)
 
     return swapped if draws(model) else nullcontext
 
@@ -303,7 +304,8 @@ def _dpsgd(model, data, settings, optimizer) -> Iterator[float]:
     own_random_numbers = _own_random_numbers(model, settings.seed)
     for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
         X, y = data[batch]
-        with buffers_kept(model), own_random_numbers():
+        still = kept_still if known_layers(model) is None else nullcontext
+        with still(model), own_random_numbers():
             summed, losses = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)
         gradient = add_noise(summed, settings.noise_multiplier, C, noise) / (n * q)
         _set_gradient(model, gradient)
@@ -327,6 +329,11 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     seeded = None if settings.seed is None else noise
     if seeded and device.type != "cpu":  # Opacus draws the noise where the model is
         seeded = torch.Generator(device).manual_seed(noise.initial_seed())
+    # No input asks for a gradient, and the parameters' gradients are right all the same. A filter that stays, since a
+    # generator cannot hold warnings.catch_warnings open between its steps.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    _check_gradients(model, data.X[:64], data.y[:64])
+    known = known_layers(model)
     loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size)
     with warnings.catch_warnings():  # known here (see SystemRandom); to a reader's own PrivacyEngine it is still said
         warnings.filterwarnings("ignore", message="Secure RNG turned off")
@@ -342,38 +349,85 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     optimizer.expected_batch_size = n * q
     if settings.seed is None:
         optimizer.add_noise = lambda: _noise_from_the_system(optimizer, noise)
-    # No input asks for a gradient, and the parameters' gradients are right all the same. A filter that stays, since a
-    # generator cannot hold warnings.catch_warnings open between its steps.
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    still = kept_still if known is None else nullcontext
+    shape = shape_of(model)
     try:
         for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
             X, y = data[batch]
-            with buffers_kept(model):
-                with own_random_numbers():
-                    losses = sample_losses(F.cross_entropy, private(X), y)
-                # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it does not ignore.
-                (losses.sum() / max(len(X), 1)).backward()
-            _drop_what_is_not_finite(optimizer)
+            if not same_shape(shape, shape_of(model)):
+                raise ValueError("model must stay as it is while Opacus trains it: a layer or a hook has changed since the run began")
+            if len(batch):
+                with still(model):
+                    with own_random_numbers():
+                        losses = sample_losses(F.cross_entropy, private(X), y)
+                    # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it does not ignore.
+                    (losses.sum() / len(X)).backward()
+                _check_rows(optimizer, len(X))
+            else:  # some layers can't run on nothing, and that would tell
+                losses = X.new_zeros(0)
+                for p in optimizer.params:
+                    p.grad_sample = p.new_zeros(0, *p.shape)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # the clipped sum, without noise, is kept on the parameters until then
             yield losses.mean().item()
     finally:
         private.to_standard_module()
         model.zero_grad(set_to_none=True)
-        for p in model.parameters():
-            for name in ("grad_sample", "summed_grad"):  # pickled with a whole model
-                if hasattr(p, name):
-                    delattr(p, name)
+        for part, names in ((model.parameters(), ("grad_sample", "summed_grad")), (model.modules(), ("activations", "max_batch_len"))):
+            for holder in part:
+                for name in names:  # of the records, and pickled with a whole model
+                    if name in vars(holder):
+                        delattr(holder, name)
+
+
+def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
+    """Opacus' gradients of a few records must be those of each record alone: it takes the first dimension of each layer's input,
+    whatever the model has made of it, for the records.
+    """
+    from opacus import GradSampleModule
+
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        raise ValueError("model must be float32 or float64 with method='opacus', which sums in the model's precision: use model.float()")
+    finite = X.flatten(1).isfinite().all(1) if X.is_floating_point() else torch.ones(len(X), dtype=torch.bool)
+    X, y = X[finite][:3], y[finite][:3]
+    if len(X) == 0:
+        return
+    still = copied(model).train()
+    for layer in still.modules():
+        if isinstance(layer, RANDOM_LAYERS):
+            layer.training = False
+    rows = per_sample_gradients(still, F.cross_entropy, X, y)
+    wrapped = GradSampleModule(copied(still))
+    (sample_losses(F.cross_entropy, wrapped(X), y).sum() / len(X)).backward()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    theirs = [p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained]
+    if any(len(part) != len(X) for part in theirs) or not torch.allclose(
+        torch.cat(theirs, 1), rows, rtol=1e-3, atol=1e-4 * float(rows.nan_to_num().abs().max()) + 1e-12, equal_nan=True
+    ):
+        raise ValueError(
+            "model must treat each sample alone along the first dimension in every layer, but Opacus' gradients of three records are "
+            "not those of each record alone: clipping would bound something else. Use method='dpsgd', which takes each record alone."
+        )
+
+
+def _check_rows(optimizer, records: int) -> None:
+    """One gradient a record, and finite: Opacus turns an infinity into a model of NaN, which tells that the record took part. It
+    counts as zero, as in ``clip``.
+    """
+    for p in optimizer.params:
+        if p.grad_sample is None:  # a parameter that this batch did not use
+            p.grad_sample = p.new_zeros(records, *p.shape)
+        if len(p.grad_sample) != records:
+            raise ValueError(
+                f"model must treat each sample alone, but Opacus found {len(p.grad_sample)} gradients for {records} records: a layer sees "
+                "another first dimension. Use method='dpsgd', which takes each record alone."
+            )
+    finite = torch.stack([p.grad_sample.flatten(1).isfinite().all(1) for p in optimizer.params]).all(0)
+    if not bool(finite.all()):
+        for p in optimizer.params:
+            p.grad_sample[~finite] = 0.0
 
 
 def _noise_from_the_system(optimizer, noise: SystemRandom) -> None:
     for p in optimizer.params:
         p.grad = add_noise(p.summed_grad, optimizer.noise_multiplier, optimizer.max_grad_norm, noise).view_as(p)
-
-
-def _drop_what_is_not_finite(optimizer) -> None:
-    """Opacus turns a record's infinity into a model of NaN, which tells that the record took part. It counts as zero, as in ``clip``."""
-    finite = torch.stack([g.flatten(1).isfinite().all(1) for g in optimizer.grad_samples if len(g)] or [torch.ones(1)]).all(0)
-    if not bool(finite.all()):
-        for p in optimizer.params:
-            p.grad_sample[~finite] = 0.0

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from dpteach.attacks import auc, margin_scores, membership_scores, mislabel, roc_curve
+from dpteach.attacks import auc, margin_scores, membership_scores, mislabel, roc_curve, true_positive_rate_at
 from dpteach.data import Data
 from dpteach.exercises import find
 from dpteach.models import mlp
@@ -146,6 +146,26 @@ def test_the_plain_loop_gives_its_mislabelled_records_away_and_an_untrained_mode
     assert found(model) > 0.9
 
 
+@pytest.mark.parametrize("false_positives, found", [(0, 0.02), (1, 0.04), (2, 0.06), (99, 1.0), (100, 1.0)])
+def test_so_many_false_positives_are_allowed_and_not_one_more(false_positives, found):
+    non_members = torch.arange(100.0)
+    members = torch.cat([torch.tensor([99.5, 99.4, 98.5, 98.4, 97.5, 97.4]), torch.full((94,), 0.5)])
+    assert true_positive_rate_at(members, non_members, false_positives / 100) == pytest.approx(found)
+
+
+def test_members_that_tie_with_a_non_member_are_not_found_before_it():
+    assert true_positive_rate_at([1.0, 1.0], [1.0, 0.0], false_positive_rate=0.49) == 0.0
+    assert true_positive_rate_at([1.0, 1.0], [1.0, 0.0], false_positive_rate=0.5) == 1.0
+
+
+def test_an_auc_of_one_half_can_hide_members_that_are_found_for_certain():
+    non_members = torch.linspace(0, 1, 1000)
+    members = non_members.clone()
+    members[5::100] = 2.0  # ten of a thousand; the others are guesses
+    assert auc(members, non_members) == pytest.approx(0.505, abs=1e-3)
+    assert true_positive_rate_at(members, non_members, false_positive_rate=0.0) == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize("call, name", [
     (lambda: membership_scores(torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "logits"),
     (lambda: membership_scores(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), "logits"),
@@ -157,6 +177,7 @@ def test_the_plain_loop_gives_its_mislabelled_records_away_and_an_untrained_mode
     (lambda: roc_curve([1.0], []), "non_member_scores"),
     (lambda: auc([1.0], [float("nan")]), "non_member_scores"),
     (lambda: auc(torch.zeros(2, 2), [1.0]), "member_scores"),
+    (lambda: true_positive_rate_at([1.0], [0.0], false_positive_rate=1.5), "false_positive_rate"),
     (lambda: mislabel(records(9), share=1.5, classes=10), "share"),
     (lambda: mislabel(records(9), share=0.1, classes=1), "classes"),
     (lambda: mislabel(records(90), share=0.1, classes=2), "data.y"),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dpteach.accounting import epsilon
-from dpteach.experiments import RESULTS, guide_run, load
+from dpteach.experiments import RESULTS, guide_run, load, two_workers_run
 
 GUIDE = "twenty-minute-guide"
 
@@ -32,6 +32,27 @@ def test_the_guides_recipe_does_not_reach_the_guides_figures():
     assert [round(runs[-1]["accuracy"], 2) for runs in (without, eight, one)] == [0.98, 0.88, 0.88]  # not .991, .973, .938
     spent = [round(eight[epoch - 1]["epsilon_prv"], 2) for epoch in (1, 5, 10)]
     assert spent == pytest.approx([4.36, 6.37, 8.0], abs=0.011)  # not 1.23, 3.87, 6.94
+
+
+POST = {"alice": [0.6405, 0.1169, 0.0792, 0.0619, 0.0521], "bob": [0.5508, 0.1080, 0.0776, 0.0632, 0.0510]}  # as it prints
+
+
+def test_the_losses_of_the_post_of_2020_are_met_by_the_plain_run_and_not_by_the_private_one():
+    for worker, printed in POST.items():
+        plain, private = (
+            [r["loss"] for r in load(name) if (r["n"], r["worker"], r["sizes"], r["skew"]) == (60_000, worker, "1:1", 0)]
+            for name in ("two-workers-plain", "two-workers")
+        )
+        assert plain == pytest.approx(printed, abs=0.1) and plain[1:] == pytest.approx(printed[1:], abs=0.02)
+        assert all(ours > 2 * post for ours, post in zip(private, printed)) and private[-1] > 7 * printed[-1]
+
+
+def test_a_small_run_of_the_plain_two_workers_gives_its_stored_rows_again():
+    stored = [r for r in load("two-workers-plain") if r["n"] == 2000]
+    again = list(two_workers_run(2000, 1, method="sgd"))
+    assert len(stored) == len(again) == 2
+    for old, new in zip(stored, again):
+        assert old["loss"] == pytest.approx(new["loss"], abs=5e-3) and old["epsilon_prv"] == new["epsilon_prv"] == math.inf
 
 
 def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():

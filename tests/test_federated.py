@@ -78,7 +78,7 @@ def test_nothing_is_charged_before_the_first_round_is_asked_for():
 
 def test_a_damaged_ledger_stops_the_worker_before_it_trains(tmp_path):
     path = tmp_path / "bob.json"
-    worker = Worker("bob", MOONS, SETTINGS, Ledger(path))
+    worker = Worker("bob", MOONS, SETTINGS, Ledger(path, new=True))
     path.write_text("{")
     model = models.mlp()
     before = flat(model).clone()

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from dpteach import models
+from dpteach import guards, models
 from dpteach.data import Data, two_moons
 from dpteach.federated import Worker, federated_average
 from dpteach.mechanism import clipped_sum, clipped_sum_and_losses, per_sample_gradients
@@ -108,6 +109,7 @@ class Keeps(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.how, self.seen, self.log, self.book = how, torch.zeros(2), [], {}
+        self.first, self.total, self.place = None, 0.0, SimpleNamespace()
         self.register_buffer("mean", torch.zeros(2))
         self.weight = nn.Parameter(torch.ones(2))
 
@@ -125,11 +127,22 @@ class Keeps(nn.Module):
                 self.log.append(x.detach().clone())
             elif self.how == "dict":
                 self.book["last"] = x.detach().clone()
+            elif self.how == "first pass" and self.first is None:
+                self.first = x.detach().mean(0)
+            elif self.how == "float":
+                self.total = self.total + float(x.detach().sum()) if not torch._C._functorch.is_batchedtensor(x) else 0.0
+            elif self.how == "array":
+                self.first = x.detach().numpy().copy()
+            elif self.how == "object":
+                self.place.kept = x.detach()[0].tolist()
+            elif self.how == "new parameter" and self.first is None:
+                self.first = nn.Parameter(x.detach()[0].clone(), requires_grad=False)
         return x * self.weight
 
 
 @pytest.mark.parametrize("how, name", [
     ("buffer", "mean"), ("new buffer", "mean"), ("parameter", "weight"), ("attribute", "seen"), ("list", "log"), ("dict", "book"),
+    ("first pass", "first"), ("float", "total"), ("array", "first"), ("object", "place"), ("new parameter", "first"),
 ])
 @private_methods
 def test_a_model_that_keeps_something_of_its_records_is_refused_and_left_as_it_was(method, how, name):
@@ -169,14 +182,14 @@ class LateBuffer(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls > 7:
+        if self.calls > 3:
             self.kept = self.kept + 1
         return x * self.weight
 
 
 def test_a_buffer_that_moves_later_stops_the_run_and_is_put_back():
     model = nn.Sequential(LateBuffer(), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="changed its buffer '0.kept'"):
+    with pytest.raises(ValueError, match="a training step changed '0.kept'"):
         run(model)
     assert model[0].kept.tolist() == [0, 0]
 
@@ -231,7 +244,47 @@ class CenterWithNoise(Center):
         return super().forward(x) + (torch.rand(()) if self.training else 0)
 
 
+class ByMaximum(nn.Module):
+    def forward(self, x):
+        return x / (1e-6 + x.abs().max())
+
+
+class Mixup(nn.Module):
+    """In training only, and at random."""
+
+    def forward(self, x):
+        return 0.5 * x + 0.5 * x[torch.randperm(len(x))] if self.training else x
+
+
+class InLargeBatches(Center):
+    def forward(self, x):
+        return super().forward(x) if len(x) > 6 else x
+
+
+class ReZero(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.alpha * (x - x.mean(0))
+
+
+def zero_head():
+    last = nn.Linear(8, 8)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(Center(), last)
+
+
+def hooked_center():
+    layer = nn.Tanh()
+    layer.register_forward_hook(lambda m, args, out: out - out.mean(0))
+    return layer
+
+
 MIXING = {
+    "by the maximum": ByMaximum, "mixup": Mixup, "in large batches only": InLargeBatches, "nothing yet": ReZero,
+    "before a head of zeros": zero_head, "a hook": hooked_center,
     "centering": Center, "by the batch's size": BySize, "a neighbour": Neighbour, "in training only": CenterInTraining,
     "beside a dropout": lambda: nn.Sequential(nn.Dropout(), Center()), "with noise": CenterWithNoise,
     "softmax over the batch": lambda: nn.Softmax(dim=0), "flattened batch": lambda: nn.Flatten(0),
@@ -258,18 +311,25 @@ def test_a_layer_that_mixes_samples_is_refused_by_the_mechanism(way):
         way(model, F.cross_entropy, X, torch.arange(40) % 3)
 
 
-def test_the_probe_runs_once_a_model_and_again_when_the_model_has_changed():
-    calls = []
-
+def test_the_probe_runs_once_a_model_and_again_when_the_model_has_changed(monkeypatch):
     class Counted(nn.Linear):
+        calls = 0
+
         def forward(self, x):
-            calls.append(len(x))
+            self.calls += 1
             return super().forward(x)
 
-    model = nn.Sequential(Counted(2, 2))
+    model, probed, probe = nn.Sequential(Counted(2, 2)), [], guards._Probe
+    
+    def counted(m, X, perturbed):
+        probed.extend([m] if perturbed else [])
+        return probe(m, X, perturbed)
+
+    monkeypatch.setattr(guards, "_Probe", counted)
     for _ in range(3):
         per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
-    assert calls == [4, 4, 1, 4, 1, 1, 1]  # the probe, then three gradients, each of one sample (under vmap)
+    # The copies that the probe runs count for themselves; the model itself runs once a gradient, on one sample, under vmap.
+    assert model[0].calls == 3 and len(probed) == len(set(map(id, probed))) == 1
     model.append(Center())
     with pytest.raises(ValueError, match="depends on the others"):
         per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
@@ -397,6 +457,48 @@ def test_a_model_with_nothing_to_train_is_refused_at_the_call(method):
             train(model, MOONS, SETTINGS, method=method)
 
 
+def test_a_layer_whose_bias_comes_before_its_weight_has_its_own_gradients():
+    """As after remove_weight_norm or prune.remove."""
+    torch.manual_seed(0)
+    model, X, y = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    weight = model[0].weight
+    del model[0].weight
+    model[0].weight = nn.Parameter(weight.detach())
+    assert list(dict(model[0].named_parameters())) == ["bias", "weight"]
+    rows = per_sample_gradients(model, F.cross_entropy, X, y)
+    assert torch.allclose(clipped_sum(model, F.cross_entropy, X, y, math.inf), rows.sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [linear, lambda: nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 2))])
+def test_autocast_does_not_sum_in_half_precision(make):
+    torch.manual_seed(0)
+    model, X, y, C = make(), torch.randn(1500, 2), torch.arange(1500) % 2, 0.01
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = clipped_sum(model, F.cross_entropy, X, y, C)
+        for k in range(5):
+            moved = whole - clipped_sum(model, F.cross_entropy, torch.cat([X[:k], X[k + 1:]]), torch.cat([y[:k], y[k + 1:]]), C)
+            assert float(moved.norm()) <= 1.001 * C
+
+
+@private_methods
+def test_the_probe_leaves_the_readers_data_alone(method):
+    """A layer that works in place on the model's input, and gets a copy of the record."""
+    class Scale(nn.Module):
+        def forward(self, x):
+            return x.mul_(0.5)
+
+    data = Data(MOONS.X.clone(), MOONS.y)
+    train(nn.Sequential(Scale(), nn.Linear(2, 2)), data, SETTINGS, method=method)
+    assert torch.equal(data.X, MOONS.X)
+
+
+def test_a_tensor_that_asks_for_a_gradient_and_is_no_parameter_is_refused():
+    model = nn.Sequential(InPlace(), nn.Linear(2, 2))
+    model[0].scale = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="must hold what it trains as nn.Parameter, but '0.scale'"):
+        train(model, MOONS, SETTINGS, method="opacus")
+
+
 # --- Opacus, and hostile records --------------------------------------------------------------------------------------
 
 
@@ -429,3 +531,67 @@ def test_models_of_the_package_are_plain():
 
     for model in (models.mlp(), models.cnn(), models.cnn(activation="tanh")):
         assert plain_layers(model) and not draws(model)
+
+
+class Fold(nn.Module):
+    """Makes rows of a record's 25 places, and records of them again."""
+
+    def __init__(self, back=False):
+        super().__init__()
+        self.back = back
+
+    def forward(self, x):
+        return x.view(-1, 25, 3).mean(1) if self.back else x.reshape(-1, 4)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).mean(0)
+
+
+@pytest.mark.parametrize("model, X", [
+    (nn.Sequential(Fold(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), Fold(back=True)), torch.randn(6, 25, 4)),
+    (SequenceFirst(), torch.randn(6, 3, 4)),
+    (SequenceFirst(), torch.randn(6, 5, 4)),
+])
+def test_opacus_does_not_take_the_parts_of_a_record_for_records(model, X):
+    data = Data(X, torch.arange(6) % 2)
+    settings = replace(SETTINGS, batch_size=3)
+    with pytest.raises(ValueError, match="treat each sample alone.*method='dpsgd'"):
+        run(model, "opacus", settings=settings, data=data)
+    assert len(run(model, "dpsgd", settings=settings, data=data)) == 4
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.insert(1, Center()),
+    lambda model: model[0].register_forward_hook(lambda m, args, out: out - out.mean(0)),
+    lambda model: model.__setitem__(1, nn.Softmax(0)),
+], ids=["a layer", "a hook", "another layer"])
+def test_a_model_that_changes_while_opacus_trains_it_stops_the_run(change):
+    model = linear()
+    steps = train(model, MOONS, SETTINGS, method="opacus")
+    next(steps)
+    change(model)
+    with pytest.raises(ValueError, match="must stay as it is while Opacus trains it"):
+        list(steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_opacus_does_not_sum_in_half_precision(dtype):
+    data = Data(MOONS.X.to(dtype), MOONS.y)
+    with pytest.raises(ValueError, match="float32 or float64 with method='opacus'"):
+        run(linear().to(dtype), "opacus", data=data)
+
+
+def test_an_interrupted_opacus_run_leaves_no_record_on_the_layers():
+    model = linear()
+    steps = train(model, MOONS, SETTINGS, method="opacus")
+    next(steps)
+    model(MOONS.X)  # its activations wait for a backward pass
+    assert any(vars(layer).get("activations") for layer in model.modules())
+    steps.close()
+    assert not any({"activations", "max_batch_len"} & vars(layer).keys() for layer in model.modules())

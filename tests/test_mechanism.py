@@ -129,6 +129,13 @@ def test_a_crafted_record_does_not_pass_the_quick_sum_with_more_than_c():
             assert float(clipped_sum(model, F.cross_entropy, X, y, C).double().norm()) <= C
 
 
+def test_a_record_whose_squares_vanish_in_float32_is_clipped_by_the_quick_sum():
+    model = nn.Sequential(nn.Linear(4_000_000, 2, bias=False))
+    nn.init.zeros_(model[0].weight)
+    summed = clipped_sum(model, F.cross_entropy, torch.full((1, 4_000_000), 1e-22), torch.tensor([0]), 1e-20)
+    assert float(summed.double().norm()) == pytest.approx(1e-20, rel=1e-5) and float(summed.double().norm()) <= 1e-20
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mlp", "custom module", "stride, padding, dilation"])
 def test_a_model_of_half_precision_is_clipped_in_float32(name, dtype):

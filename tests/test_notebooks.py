@@ -1,5 +1,7 @@
 """What every notebook must have. That its outputs are true, ``pytest --nbval notebooks/`` tests."""
 
+import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,7 +9,9 @@ import nbformat
 import pytest
 
 from dpteach import publish
+from dpteach.accounting import epsilon
 from dpteach.exercises import every, folded
+from dpteach.training import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -102,6 +106,63 @@ def test_its_exercises_have_a_box_a_check_and_a_folded_solution(path, notebook):
         assert len(ids) >= 3
 
 
+def test_it_sends_nobody_to_a_notebook_that_is_not_there(notebook):
+    text = "\n".join(c.source for c in notebook.cells)
+    named = set(re.findall(r"[Nn]otebooks? `?(\d\d)", text)) | set(re.findall(r"[Nn]otebooks \d\d(?: to |–| and )(\d\d)", text))
+    assert named | set(re.findall(r"\b(\d\d)_[a-z]", text)) <= {p.stem[:2] for p in PATHS}
+
+
+def prints(cell) -> list[ast.Call]:
+    source = re.sub(r"^( *)%.*", r"\1pass", cell.source, flags=re.MULTILINE)  # %pip is not Python
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "id", "") == "print" and call.args]
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_no_number_is_printed_that_nothing_computed(notebook):
+    literal = [call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)]
+    assert [ast.unparse(call) for call in literal if re.search(r"\d", ast.unparse(call))] == []
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_with_you_and_without_you_have_one_colour_each(path, notebook):
+    source = "\n".join(c.source for c in code(notebook))
+    drawn = set(re.findall(r'"([a-z-]+)", "(with you|with the record|members|without you|somebody else(?:\'s)?|non-members)"', source))
+    assert all(role == ("private" if name.startswith(("with ", "members")) else "data") for role, name in drawn), drawn
+    assert drawn or path.stem[:2] == "02"
+
+
+@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
+def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not_install(notebook):
+    text = "\n".join(c.source for c in notebook.cells)
+    assert re.findall(r"named by mistake|[Aa]ccus\w+|false accusation|torchcsprng|secure_mode", text) == []
+
+
+def test_the_readme_says_how_long_each_notebook_takes():
+    rows = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf8"), re.MULTILINE))
+    says = {p.stem: re.search(r"about (\d+) minutes", prose(nbformat.read(p, as_version=4))).group(1) for p in PATHS}
+    assert rows == says
+
+
 def test_the_readme_names_every_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     assert [p.stem for p in PATHS if p.stem not in readme] == []
+
+
+def test_the_epsilons_in_the_playgrounds_answers_are_those_of_its_two_moons():
+    notebook = nbformat.read(ROOT / "notebooks" / "10_playground.ipynb", as_version=4)
+    made = next(call for cell in code(notebook) if "Scene(" in cell.source for call in ast.walk(ast.parse(cell.source))
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Scene" and "two_moons" in ast.unparse(call))
+    start = eval(ast.unparse(next(part for part in made.args if "Settings" in ast.unparse(part))), {"Settings": Settings})
+    n = ast.literal_eval(made.args[0].args[0])
+
+    def cost(accountant="prv", **changed):
+        s = dataclasses.replace(start, **changed)
+        return epsilon(noise_multiplier=s.noise_multiplier, sample_rate=s.sample_rate(n), accountant=accountant,
+                       steps=s.epochs * s.steps_per_epoch(n), target_delta=s.target_delta)
+
+    half = {"batch_size": start.batch_size // 2}
+    known = [cost(), cost("rdp"), cost(**half), cost(**half, noise_multiplier=start.noise_multiplier / 2),
+             cost(noise_multiplier=8.0), cost(noise_multiplier=4.0), cost(noise_multiplier=4.0, epochs=2 * start.epochs)]
+    text = "".join(cell.source for cell in notebook.cells)
+    assert [f"{value:.2f}" for value in known if f"{value:.2f}" not in text] == []

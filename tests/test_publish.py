@@ -44,6 +44,20 @@ def test_a_notebook_has_the_one_address_in_its_badge_and_in_its_set_up_cell(path
     assert set(re.findall(r"github(?:\.com)?/([\w-]+/[\w.-]+)", opening + set_up)) == {publish.address()}
 
 
+def test_a_notebook_that_colab_can_not_run_says_so_and_has_no_badge(clone):
+    (path,) = (path for path in PATHS if path.name in publish.NOT_ON_COLAB)
+    opening, _ = opening_and_set_up(path)
+    assert path.stem == "07_flower" and "colab.research" not in opening and opening.count("Not on Colab") == 1
+    shutil.copy(path, clone / "notebooks" / path.name)
+    old = nbformat.read(path, as_version=4)
+    old.cells[0].source = publish.with_badge(opening, publish.badge("old/badge", PATHS[0].name))  # as it was before
+    assert "colab.research" in old.cells[0].source
+    for before in (old, nbformat.read(path, as_version=4)):
+        nbformat.write(before, clone / "notebooks" / path.name)
+        publish.publish(publish.address(clone), clone)
+        assert opening_and_set_up(clone / "notebooks" / path.name)[0] == opening
+
+
 def test_the_readme_has_the_one_address_in_its_badge():
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     assert readme.split("\n\n")[1] == publish.badge(publish.address(), PATHS[0].name)

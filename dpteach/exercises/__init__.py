@@ -45,8 +45,9 @@ def check(id: str, answer: Any) -> Verdict:
 
     Returns:
         A :class:`Verdict`; as the last line of a cell it shows as a sentence. A wrong answer that is known gets the
-        misconception behind it; an answer that raises, changes its input, or returns the wrong type or shape gets a
-        sentence too.
+        misconception behind it; an answer that raises, does not end within 2 seconds, changes its input, or returns
+        the wrong type or shape gets a sentence too. What the learner's function prints is kept from the cell: the
+        verdict shows the last lines of it, once.
 
     Raises:
         ValueError: if there is no exercise of that id.

@@ -1,11 +1,13 @@
 """The exercises of notebook 04: price a run, spend a budget, catch an accountant that is not a bound, add up people."""
 
+import functools
 import math
-import numbers
+import random
+from dataclasses import replace
 from typing import Any
 
 from dpteach.accounting import epsilon
-from dpteach.exercises.core import Exercise, Verdict, Wrong, choose, coding
+from dpteach.exercises.core import Exercise, Verdict, Wrong, as_number, choose, coding
 
 # 4.1: what does a run cost?
 
@@ -21,9 +23,9 @@ def price(n, batch_size, epochs, noise_multiplier, target_delta):
     )
 
 
-def _rdp(noise_multiplier, sample_rate, steps, target_delta):
+def _rdp(noise_multiplier, sample_rate, steps, target_delta, accountant="rdp"):
     return epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, target_delta=target_delta,
-                   accountant="rdp")
+                   accountant=accountant)
 
 
 def delta_from_batches(n, batch_size, epochs, noise_multiplier, target_delta):
@@ -81,10 +83,94 @@ def noise_divided_by_batch(n, batch_size, epochs, noise_multiplier, target_delta
     return _rdp(noise_multiplier / batch_size, 1 / per_epoch, epochs * per_epoch, target_delta)
 
 
-def other_accountant(n, batch_size, epochs, noise_multiplier, target_delta):
+def rounded_to_the_nearest(n, batch_size, epochs, noise_multiplier, target_delta):
+    per_epoch = round(n / batch_size)
+    return _rdp(noise_multiplier, 1 / per_epoch, epochs * per_epoch, target_delta)
+
+
+def always_one_step_more(n, batch_size, epochs, noise_multiplier, target_delta):
+    per_epoch = n // batch_size + 1
+    return _rdp(noise_multiplier, 1 / per_epoch, epochs * per_epoch, target_delta)
+
+
+def run_rounded_once(n, batch_size, epochs, noise_multiplier, target_delta):
+    return _rdp(noise_multiplier, 1 / math.ceil(n / batch_size), math.ceil(epochs * n / batch_size), target_delta)
+
+
+def the_formula_of_many_scripts(n, batch_size, epochs, noise_multiplier, target_delta):
+    return _rdp(noise_multiplier, batch_size / n, epochs * n // batch_size, target_delta)
+
+
+def share_and_last_batch_dropped(n, batch_size, epochs, noise_multiplier, target_delta):
+    return _rdp(noise_multiplier, batch_size / n, epochs * (n // batch_size), target_delta)
+
+
+def rate_of_a_batch(n, batch_size, epochs, noise_multiplier, target_delta):
+    return _rdp(noise_multiplier, 1 / batch_size, epochs * math.ceil(n / batch_size), target_delta)
+
+
+def rate_of_the_run(n, batch_size, epochs, noise_multiplier, target_delta):
+    steps = epochs * math.ceil(n / batch_size)
+    return _rdp(noise_multiplier, 1 / steps, steps, target_delta)
+
+
+def one_epoch_only(n, batch_size, epochs, noise_multiplier, target_delta):
     per_epoch = math.ceil(n / batch_size)
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / per_epoch, steps=epochs * per_epoch,
-                   target_delta=target_delta)
+    return _rdp(noise_multiplier, 1 / per_epoch, per_epoch, target_delta)
+
+
+def noise_upside_down(n, batch_size, epochs, noise_multiplier, target_delta):
+    return price(n, batch_size, epochs, 1 / noise_multiplier, target_delta)
+
+
+def noise_squared(n, batch_size, epochs, noise_multiplier, target_delta):
+    return price(n, batch_size, epochs, noise_multiplier**2, target_delta)
+
+
+def _by(accountant, n, batch_size, epochs, noise_multiplier, target_delta):
+    per_epoch = math.ceil(n / batch_size)
+    return _rdp(noise_multiplier, 1 / per_epoch, epochs * per_epoch, target_delta, accountant)
+
+
+def other_accountant(*run):
+    return _by("prv", *run)
+
+
+def accountant_that_is_no_bound(*run):
+    return _by("gdp", *run)
+
+
+def accountant_of_2017(*run):
+    return _by("rdp-classic", *run)
+
+
+def seeded(seed, count, draw):
+    """``count`` calls' arguments, the same ones each time: nothing that was written for one of them passes them all."""
+    numbers = random.Random(seed)
+    return [draw(numbers) for _ in range(count)]
+
+
+@functools.cache
+def load_prv():
+    epsilon(noise_multiplier=1.0, sample_rate=0.1, steps=1)
+
+
+def calls(*rows):
+    """The inputs of an exercise whose arguments are numbers."""
+
+    def call(row):
+        load_prv()  # the first use takes a second or two: not out of the learner's
+        return row
+
+    return [functools.partial(call, row) for row in rows]
+
+
+_RUNS = [  # n / batch_size has a fraction above ½, above ½, below ½, none, hardly one; then one batch holds all
+    (2000, 256, 5, 1.0, 1e-6), (20_000, 300, 3, 2.0, 1e-7), (1300, 600, 4, 3.0, 1e-5), (1200, 300, 2, 1.5, 1e-4),
+    (1201, 300, 6, 0.8, 1e-5), (500, 500, 7, 5.0, 1e-6),
+    *seeded(41, 3, lambda draw: (draw.randint(500, 9000), draw.randint(50, 400), draw.randint(2, 9),
+                                 draw.uniform(0.7, 3), 10 ** draw.uniform(-7, -4.5))),
+]
 
 
 # 4.2: how many epochs does a budget pay for?
@@ -110,6 +196,14 @@ def _after(epochs, n, batch_size, noise_multiplier, target_delta, accountant="rd
                    target_delta=target_delta, accountant=accountant)
 
 
+def _longest(budget, per_epoch, cost):
+    """The largest number of epochs for which ``cost(steps)`` is within the budget."""
+    epochs = 0
+    while cost((epochs + 1) * per_epoch) <= budget:
+        epochs += 1
+    return epochs
+
+
 def budget_divided(budget, n, batch_size, noise_multiplier, target_delta):
     return int(budget / _after(1, n, batch_size, noise_multiplier, target_delta))
 
@@ -126,31 +220,108 @@ def always_one_epoch(budget, n, batch_size, noise_multiplier, target_delta):
     return max(1, epochs_within(budget, n, batch_size, noise_multiplier, target_delta))
 
 
+def one_epoch_too_few(budget, n, batch_size, noise_multiplier, target_delta):
+    return epochs_within(budget, n, batch_size, noise_multiplier, target_delta) - 1
+
+
+def strictly_below(budget, n, batch_size, noise_multiplier, target_delta):
+    return epochs_within(math.nextafter(budget, 0), n, batch_size, noise_multiplier, target_delta)
+
+
 def whole_data_each_step(budget, n, batch_size, noise_multiplier, target_delta):
-    per_epoch = math.ceil(n / batch_size)
-    epochs = 0
-    while _rdp(noise_multiplier, 1.0, (epochs + 1) * per_epoch, target_delta) <= budget:
-        epochs += 1
-    return epochs
+    return _longest(budget, math.ceil(n / batch_size), lambda steps: _rdp(noise_multiplier, 1.0, steps, target_delta))
 
 
 def steps_instead_of_epochs(budget, n, batch_size, noise_multiplier, target_delta):
+    return _longest(budget, 1, lambda steps: _rdp(noise_multiplier, 1 / math.ceil(n / batch_size), steps, target_delta))
+
+
+def epochs_of_exact_shares(budget, n, batch_size, noise_multiplier, target_delta):
     per_epoch = math.ceil(n / batch_size)
-    steps = 0
-    while _rdp(noise_multiplier, 1 / per_epoch, steps + 1, target_delta) <= budget:
-        steps += 1
-    return steps
+    return _longest(budget, per_epoch, lambda steps: _rdp(noise_multiplier, batch_size / n, steps, target_delta))
+
+
+def _rounding(to_whole, budget, n, batch_size, noise_multiplier, target_delta):
+    per_epoch = to_whole(n / batch_size)
+    return _longest(budget, per_epoch, lambda steps: _rdp(noise_multiplier, 1 / per_epoch, steps, target_delta))
+
+
+def epochs_rounded_down(*args):
+    return _rounding(math.floor, *args)
+
+
+def epochs_rounded_to_the_nearest(*args):
+    return _rounding(round, *args)
 
 
 def budget_at_another_delta(budget, n, batch_size, noise_multiplier, target_delta):
     return epochs_within(budget, n, batch_size, noise_multiplier, 1e-5)
 
 
-def budget_by_another_accountant(budget, n, batch_size, noise_multiplier, target_delta):
-    epochs = 0
-    while _after(epochs + 1, n, batch_size, noise_multiplier, target_delta, accountant="prv") <= budget:
-        epochs += 1
-    return epochs
+def budget_at_delta_of_records(budget, n, batch_size, noise_multiplier, target_delta):
+    return epochs_within(budget, n, batch_size, noise_multiplier, 1 / n)
+
+
+def _budget_by(accountant, budget, n, batch_size, noise_multiplier, target_delta):
+    per_epoch = math.ceil(n / batch_size)
+    rate = 1 / per_epoch
+    return _longest(budget, per_epoch, lambda steps: _rdp(noise_multiplier, rate, steps, target_delta, accountant))
+
+
+def budget_by_another_accountant(*args):
+    return _budget_by("prv", *args)
+
+
+def budget_by_no_bound(*args):
+    return _budget_by("gdp", *args)
+
+
+def budget_by_the_accountant_of_2017(*args):
+    return _budget_by("rdp-classic", *args)
+
+
+def _ends_at(last):
+    def search_with_an_end(*args):
+        return min(last, epochs_within(*args))
+
+    return search_with_an_end
+
+
+def _to_the_last_digit(fn, args):
+    """Without a budget: those that whole epochs spend exactly. An ε rounded otherwise may miss some, not all."""
+    budget, *run = args
+    if budget is not None:
+        return fn(*args)
+    return max(fn(_after(epochs, *run), *run) - epochs for epochs in range(1, 9))
+
+
+_SMALL_BUDGETS = [  # a search by PRV, the default, must reach its end here within the time limit, to be told apart
+    (1.5, 2000, 250, 2.5, 1e-6), (1.0, 20_000, 1000, 2.5, 1e-7), (0.3, 2000, 250, 2.5, 1e-5),
+    (0.9, 1100, 512, 6.0, 1e-6), (1.2, 1000, 350, 5.0, 1e-6),
+]
+_LARGE_BUDGETS = [
+    (2.2, 1100, 512, 6.0, 1e-6), (3.0, 2000, 300, 4.0, 1e-6), (4.0, 1290, 430, 12.0, 1e-5),
+    *seeded(42, 2, lambda draw: (draw.uniform(1, 2), draw.randint(1000, 3000), draw.randint(200, 500),
+                                 draw.uniform(3, 6), 10 ** draw.uniform(-7, -4.5))),
+    (None, 2000, 300, 2.5, 1e-6),
+]
+
+
+def _in_two_parts(first: Exercise, rows, wrong) -> Exercise:
+    """``first``; then, for an answer that is right there, the same on ``rows``: too much for a search by PRV."""
+    wrong = (*first.wrong, *wrong)
+    then = coding(first.id, hint=first.hint, reference=first.reference, inputs=calls(*rows), praise="",
+                  observe=_to_the_last_digit,
+                  wrong=[other for other in wrong if other.answer is not budget_by_another_accountant])
+
+    def examine(fn: Any) -> Verdict:
+        verdict = first.examine(fn)
+        if not verdict.passed:
+            return verdict
+        more = then.examine(fn)
+        return verdict if more.passed else more
+
+    return replace(first, examine=examine, wrong=wrong)
 
 
 # 4.3: an ε that is not a bound
@@ -178,7 +349,8 @@ _TOO_DEAR = (
     "fewer steps."
 )
 _OUT_OF_RANGE = (
-    "the noise multiplier must lie between 0.4 and 10, the sampling rate in (0, 1], and the steps in 1 ... 10000."
+    "in this order: the noise multiplier must lie between 0.4 and 10, the sampling rate in (0, 1], and the steps in 1 "
+    "... 10000."
 )
 _NOT_THREE = "the answer must be three numbers: (noise_multiplier, sample_rate, steps)."
 _FOUND = (
@@ -190,14 +362,13 @@ _FOUND = (
 
 def _examine_gdp(answer: Any) -> Verdict:
     try:
-        numbers_given = tuple(answer)
+        given = tuple(answer)
     except TypeError:
         return Verdict(False, _NOT_THREE)
-    if len(numbers_given) != 3 or not all(
-        isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) for x in numbers_given
-    ):
+    numbers = [as_number(x) for x in given]
+    if len(numbers) != 3 or None in numbers:
         return Verdict(False, _NOT_THREE)
-    sigma, q, steps = numbers_given
+    sigma, q, steps = numbers
     if not (0.4 <= sigma <= 10 and 0 < q <= 1 and 1 <= steps <= 10_000 and steps == int(steps)):
         return Verdict(False, _OUT_OF_RANGE)
     run = {"noise_multiplier": sigma, "sample_rate": q, "steps": int(steps)}
@@ -223,10 +394,7 @@ EXERCISES = [
         hint="An epoch is ⌈n / batch_size⌉ steps (`math.ceil`). Opacus' loader, and `train`, use one over that "
              "number as the sampling rate. `epsilon(...)` wants the steps of the whole run.",
         reference=price,
-        inputs=[
-            lambda: (2000, 256, 5, 1.0, 1e-6),
-            lambda: (20_000, 300, 3, 2.0, 1e-7),
-        ],
+        inputs=calls(*_RUNS),
         wrong=[
             Wrong(delta_from_batches, "you used δ = 1 / (number of batches). δ is about records, not batches: at "
                                       "such a δ, even a mechanism that publishes a whole record now and then would "
@@ -258,47 +426,95 @@ EXERCISES = [
             Wrong(noise_divided_by_batch, "you divided σ by the batch size. The noise multiplier belongs to the "
                                           "*sum* of the clipped gradients; dividing the noisy sum afterwards costs "
                                           "no privacy and saves none."),
+            Wrong(rounded_to_the_nearest, "you rounded the steps of an epoch to the nearest whole number. Where the "
+                                          "last batch is less than half full, its step is missing. The loader rounds "
+                                          "up: ⌈n / batch_size⌉."),
+            Wrong(always_one_step_more, "n // batch_size + 1 is one step too many where batch_size divides n. Round "
+                                        "up: ⌈n / batch_size⌉."),
+            Wrong(run_rounded_once, "you rounded once for the whole run. *Every* epoch ends with a smaller batch, so "
+                                    "each has ⌈n / batch_size⌉ steps: round up first, then multiply by the epochs."),
+            Wrong(the_formula_of_many_scripts, "q = batch_size / n and epochs · n / batch_size steps: many scripts "
+                                               "have it so, but no loader runs it. It rounds up to ⌈n / batch_size⌉ "
+                                               "steps an epoch, and samples with one over that number."),
+            Wrong(share_and_last_batch_dropped, "two roundings: n // batch_size leaves out the last, smaller batch "
+                                                "of each epoch, and batch_size / n is not the rate of the loader. "
+                                                "Both come from ⌈n / batch_size⌉."),
+            Wrong(rate_of_a_batch, "your sample_rate is 1 / batch_size. A large batch would then be a small rate, "
+                                   "but the larger the batch, the more often a record is in it: one over the number "
+                                   "of *batches*."),
+            Wrong(rate_of_the_run, "your sample_rate is one over the steps of the whole run. A record is expected "
+                                   "once an *epoch*, not once a run: one over the number of steps in an epoch."),
+            Wrong(one_epoch_only, "this is the price of one epoch. All of them read the same records: multiply the "
+                                  "steps by epochs."),
+            Wrong(noise_upside_down, "you passed 1/σ. `noise_multiplier` is σ itself: more noise, smaller ε."),
+            Wrong(noise_squared, "you passed σ². `noise_multiplier` is the standard deviation over C, not the "
+                                 "variance."),
             Wrong(other_accountant, "right count, other accountant: these are PRV's values. Pass accountant=\"rdp\" "
                                     "here, so that everyone gets the same number at once."),
+            Wrong(accountant_that_is_no_bound, "right count, but these are GDP's values: no bound, and often far too "
+                                               "small. Pass accountant=\"rdp\"."),
+            Wrong(accountant_of_2017, "right count, but with the conversion of 2017, which says more than the run "
+                                      "costs. Pass accountant=\"rdp\"."),
         ],
         praise="steps of the whole run, the loader's sampling rate, and the δ that was asked for: nothing else sets "
                "the price.",
     ),
-    coding(
-        "4.2",
-        hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it if "
-             "that is at most the budget. `epsilon` answers at once.",
-        reference=epochs_within,
-        inputs=[
-            lambda: (1.5, 2000, 250, 2.5, 1e-6),
-            lambda: (1.0, 20_000, 1000, 2.5, 1e-7),
-            lambda: (0.3, 2000, 250, 2.5, 1e-5),
+    _in_two_parts(
+        coding(
+            "4.2",
+            hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it "
+                 "if that is at most the budget. `epsilon` answers at once.",
+            reference=epochs_within,
+            inputs=calls(*_SMALL_BUDGETS),
+            wrong=[
+                Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the "
+                                      "dearest, ε grows more slowly than the number of epochs: you leave most of the "
+                                      "budget unspent."),
+                Wrong(budget_divided_and_squared, "you took ε to grow with the square root of the epochs. That is a "
+                                                  "good rule of thumb for one accountant in its middle range, not a "
+                                                  "guarantee: ask the accountant."),
+                Wrong(first_epoch_beyond, "one too many: this epoch brings the run *over* the budget. Stop before "
+                                          "it. A budget that is passed can't be paid back."),
+                Wrong(always_one_epoch, "where the budget does not pay for a single epoch, the answer is 0. You "
+                                        "train at least one epoch anyway, and so exceed the budget."),
+                Wrong(whole_data_each_step, "you charged every step as if it used all the records (sample_rate = 1), "
+                                            "so almost nothing is affordable. Sampling makes a step much cheaper: q "
+                                            "= 1 / ⌈n / batch_size⌉."),
+                Wrong(steps_instead_of_epochs, "this is the number of *steps* that the budget pays for: you charged "
+                                               "one step for each epoch. An epoch has ⌈n / batch_size⌉ steps, and "
+                                               "each of them costs."),
+                Wrong(budget_at_another_delta, "your answer does not change with target_delta. Without it, `epsilon` "
+                                               "takes δ = 1e-5: at a smaller δ the same steps cost more ε."),
+                Wrong(budget_by_another_accountant, "right search, other accountant: PRV's ε is smaller, so it pays "
+                                                    "for more epochs. Pass accountant=\"rdp\" here: it answers at "
+                                                    "once, and everyone gets the same number."),
+                Wrong(one_epoch_too_few, "one too few: the run with one more epoch is still within the budget."),
+                Wrong(epochs_of_exact_shares, "your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
+                                              "batch_size⌉: charge the rate that the loader really uses."),
+                Wrong(epochs_rounded_down, "you rounded the steps of an epoch down. The loader rounds up: the last, "
+                                           "smaller batch is a step too."),
+                Wrong(epochs_rounded_to_the_nearest, "you rounded the steps of an epoch to the nearest whole number. "
+                                                     "Where the last batch is less than half full, its step is "
+                                                     "missing: round up."),
+                Wrong(budget_at_delta_of_records, "you used δ = 1/n. A mechanism that publishes one random record "
+                                                  "outright has exactly that δ. Use target_delta."),
+                Wrong(budget_by_no_bound, "right search, but by GDP: it is no bound, and pays for epochs that you "
+                                          "can't afford. Pass accountant=\"rdp\"."),
+                Wrong(budget_by_the_accountant_of_2017, "right search, but with the conversion of 2017, which says "
+                                                        "more than the run costs: you leave a part of the budget "
+                                                        "unspent. Pass accountant=\"rdp\"."),
+            ],
+            praise="the last epoch that still fits. Decide it before training: stopping because the loss looks good "
+                   "is a look at private data.",
+        ),
+        _LARGE_BUDGETS,
+        [
+            Wrong(strictly_below, "a run that costs *exactly* the budget is still within it: ε <= budget, not ε < "
+                                  "budget."),
+            *(Wrong(_ends_at(last), f"your search ends at {last} epochs, however large the budget. "
+                                    "Search until one more would be too much.")
+              for last in (9, 10, 19, 20, 49, 50, 99, 100, 199, 200)),
         ],
-        wrong=[
-            Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the dearest, "
-                                  "ε grows more slowly than the number of epochs: you leave most of the budget "
-                                  "unspent."),
-            Wrong(budget_divided_and_squared, "you took ε to grow with the square root of the epochs. That is a good "
-                                              "rule of thumb for one accountant in its middle range, not a "
-                                              "guarantee: ask the accountant."),
-            Wrong(first_epoch_beyond, "one too many: this epoch brings the run *over* the budget. Stop before it. A "
-                                      "budget that is passed can't be paid back."),
-            Wrong(always_one_epoch, "where the budget does not pay for a single epoch, the answer is 0. You train at "
-                                    "least one epoch anyway, and so exceed the budget."),
-            Wrong(whole_data_each_step, "you charged every step as if it used all the records (sample_rate = 1), so "
-                                        "almost nothing is affordable. Sampling makes a step much cheaper: q = 1 / "
-                                        "⌈n / batch_size⌉."),
-            Wrong(steps_instead_of_epochs, "this is the number of *steps* that the budget pays for: you charged one "
-                                           "step for each epoch. An epoch has ⌈n / batch_size⌉ steps, and each of "
-                                           "them costs."),
-            Wrong(budget_at_another_delta, "your answer does not change with target_delta. Without it, `epsilon` "
-                                           "takes δ = 1e-5: at a smaller δ the same steps cost more ε."),
-            Wrong(budget_by_another_accountant, "right search, other accountant: PRV's ε is smaller, so it pays for "
-                                                "more epochs. Pass accountant=\"rdp\" here: it answers at once, and "
-                                                "everyone gets the same number."),
-        ],
-        praise="the last epoch that still fits. Decide it before training: stopping because the loss looks good is a "
-               "look at private data.",
     ),
     Exercise(
         "4.3",

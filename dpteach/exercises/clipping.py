@@ -122,6 +122,9 @@ _CLIP_ROWS = coding(
         lambda: (_some_gradients(6, 5, seed=0), 2.0),
         lambda: (_some_gradients(4, 30, seed=1), 0.5),
         lambda: (torch.tensor([[0.2, -0.1, 0.2]]), 10.0),
+        lambda: (torch.tensor([[3.0], [-0.5], [0.0]]), 1.5),
+        lambda: (torch.tensor([[0.03, 0.0], [1e9, 1e9], [0.0, 0.08]]), 0.05),
+        lambda: (_some_gradients(5, 5, seed=4).double(), 3.0),
     ),
     wrong=(
         Wrong(_whole_matrix,
@@ -207,24 +210,31 @@ def clip_the_mean(rows: Tensor, max_grad_norm: float, expected_batch_size: int) 
     return expected_batch_size * clip(mean.unsqueeze(0), max_grad_norm).squeeze(0)
 
 
+def _moved_by(row: Tensor) -> float:
+    before, after = clip_the_mean(EIGHT, 1.0, 8), clip_the_mean(torch.cat([EIGHT, row.unsqueeze(0)]), 1.0, 8)
+    return (after - before).norm().item()
+
+
 def _examine_ninth(given: Any) -> Verdict:
     try:
-        row = torch.as_tensor(given, dtype=torch.float32)
+        row = torch.as_tensor(given).detach()
+        if row.is_complex():
+            raise TypeError
     except (TypeError, ValueError, RuntimeError):
-        return Verdict(False, f"the answer must be a tensor of two numbers, got {type(given).__name__}.")
+        return Verdict(False, f"the answer must be a tensor of two numbers, got a {type(given).__name__}.")
     if row.shape != (2,):
         return Verdict(False, f"the answer must be a tensor of two numbers, shape (2,), got shape {tuple(row.shape)}.")
+    row = row.float()
     if not row.isfinite().all():
         return Verdict(False, "use finite numbers: they are enough. (What a NaN does is one of the sharp edges below.)")
-    before, after = clip_the_mean(EIGHT, 1.0, 8), clip_the_mean(torch.cat([EIGHT, row.unsqueeze(0)]), 1.0, 8)
-    moved, norm = (after - before).norm().item(), row.norm().item()
+    moved, norm = _moved_by(row), row.norm().item()
     if moved > 2.001:  # more than 2C, and not by rounding
         return Verdict(True, _BROKEN.format(moved=moved))
     if norm == 0:
         reason = _ADDS_NOTHING
     elif norm <= 2:
         reason = _TOO_SHORT
-    elif torch.cosine_similarity(row, EIGHT.mean(0), dim=0) > 0.5:
+    elif _moved_by(row / norm * 1e4) <= 2.001:  # however long
         reason = _SAME_WAY
     else:
         reason = _TOO_WEAK
@@ -241,11 +251,11 @@ _TOO_SHORT = (
     "a row of norm {norm:.2g} moves the result by {norm:.2g} at most. Nothing limits your row: make it longer."
 )
 _SAME_WAY = (
-    "the result moved by {moved:.2f}·C, which is not more than 2·C. Your row points where the mean points already. "
+    "the result moved by {moved:.2f}·C, which is not more than 2·C. Your row points nearly where the mean points already. "
     "The mean had norm 1.5 and was cut to 1: a longer one is cut to the same 1. Choose another direction."
 )
 _TOO_WEAK = (
-    "the result moved by {moved:.2f}·C, which is not more than 2·C. The direction is good, but the eight other "
+    "the result moved by {moved:.2f}·C, which is not more than 2·C. The direction will do, but the eight other "
     "records hold against it: the mean still points nearly where it did. Make the row longer."
 )
 
@@ -340,6 +350,8 @@ _CLIP_LAYERS = coding(
     inputs=(
         lambda: (_some_gradients(6, 12, seed=2), (6, 3, 3), 1.0),
         lambda: (_some_gradients(5, 8, seed=3) * torch.tensor([10.0] * 2 + [0.1] * 6), (2, 6), 0.5),
+        lambda: (_some_gradients(4, 7, seed=5), [7], 0.8),  # one layer
+        lambda: (torch.tensor([[0.0, 0.0, 3.0, 4.0], [0.1, 0.1, 0.0, 0.0]]), [2, 1, 1], 2.0),
     ),
     wrong=(
         Wrong(_each_layer_to_c,

@@ -3,11 +3,12 @@
 import copy
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dpteach.data import two_moons
-from dpteach.exercises.core import Complaint, Wrong, choose, coding, value
+from dpteach.data import Data, two_moons
+from dpteach.exercises.core import Complaint, Wrong, as_number, choose, coding, unattempted, value
 from dpteach.mechanism import per_sample_gradients
 from dpteach.models import mlp
 from dpteach.training import Settings, train
@@ -90,6 +91,10 @@ def _ordinary(model, data):
     return data.X[row] + 0.001, logits[row].argmax()
 
 
+def _learned_by_heart(model, data):
+    return loudest_record(*_trained())
+
+
 def _through_the_wall(model, data):
     return torch.tensor([-1e6, 1e6]), 1
 
@@ -106,16 +111,32 @@ def _trained():
     return model, data
 
 
+# How the model of 1.2 is turned: each of the four corners, and each label, is the loudest once.
+TURNS = (((1.0, 1.0), False), ((-1.0, 1.0), True), ((1.0, -1.0), True), ((-1.0, -1.0), False))
+
+
+def turned(flip, swap):
+    """The trained model and its data, with the coordinates times ``flip``; ``swap``: with the labels swapped."""
+    model, data = copy.deepcopy(_trained())
+    flip = torch.tensor(flip)
+    with torch.no_grad():
+        model[1].weight.mul_(flip)
+        if swap:
+            model[3].weight.copy_(model[3].weight.flip(0))
+            model[3].bias.copy_(model[3].bias.flip(0))
+    return model, Data(data.X * flip, 1 - data.y if swap else data.y)
+
+
 def _what_it_does(fn, args):
     """The record that ``fn`` returns, in a few words: how loud it is, and if it is not, why not."""
     model, data = args
-    weights, X = copy.deepcopy(model.state_dict()), data.X.clone()
+    weights, X, y = copy.deepcopy(model.state_dict()), data.X.clone(), data.y.clone()
     record = fn(model, data)
-    if record is None or record is ... or record is NotImplemented:
+    if unattempted(record):
         return record
     if any(not torch.equal(weights[name], now) for name, now in model.state_dict().items()):
         raise Complaint("your function changes the model's weights. Look at the model, and leave it as it is.")
-    if not torch.equal(data.X, X):
+    if not (torch.equal(data.X, X) and torch.equal(data.y, y)):
         raise Complaint("your function changes the data in place. Make a new tensor instead.")
     x, y = _record(record)
     if not x.isfinite().all() or x.abs().max() > LIMIT:
@@ -136,6 +157,16 @@ def _what_it_does(fn, args):
     return "far, with the expected label" if (x.abs() > data.X.abs().amax(dim=0)).any() else "quiet"
 
 
+def _on_every_model(fn, args):
+    """The same for several models: the first word that is not "loud"."""
+    words = []
+    for model, data in args:
+        words.append(_what_it_does(fn, (model, data)))
+        if words[-1] != "loud":
+            return words[-1] if len(words) == 1 else "loud for one model only"
+    return "loud"
+
+
 def _loudness(model, X, y):
     return per_sample_gradients(model, F.cross_entropy, X, y).norm(dim=1)
 
@@ -144,13 +175,15 @@ def _record(record):
     if not isinstance(record, (tuple, list)) or len(record) != 2:
         raise Complaint(f"your function must return a pair (x, y), got a {type(record).__name__}.")
     x, y = record
+    if isinstance(x, np.ndarray):
+        x = torch.as_tensor(x)
     if not isinstance(x, torch.Tensor) or x.shape != (2,):
         found = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
         raise Complaint(f"x must be a tensor of shape (2,), got {found}.")
-    try:
-        return x.detach().float(), int(y)
-    except (TypeError, ValueError, RuntimeError):
-        raise Complaint(f"y must be a label, 0 or 1, got a {type(y).__name__}.") from None
+    label = as_number(y)
+    if label is None:
+        raise Complaint(f"y must be a label, 0 or 1, got a {type(y).__name__}.")
+    return x.detach().float(), int(label) if label in (0, 1) else -1
 
 
 shout = coding(
@@ -158,8 +191,8 @@ shout = coding(
     hint="The gradient is large where the model is sure and wrong, and it grows with the coordinates of the record. "
          "Try the four corners that are allowed. Which label does the model not expect there?",
     reference=loudest_record,
-    inputs=[lambda: copy.deepcopy(_trained())],
-    observe=_what_it_does,
+    inputs=[lambda: tuple(turned(*how) for how in TURNS)],
+    observe=_on_every_model,
     wrong=[
         Wrong(_far_and_expected,
               "your record lies at the edge, but it has the label that the model expects there. Then the loss is "
@@ -178,6 +211,9 @@ shout = coding(
         Wrong(_ordinary,
               "the model already gives this record its label, so there is little left to learn from it. Loud records"
               " are those that the model is sure about, and wrong."),
+        Wrong(_learned_by_heart,
+              "your record is loud for the model of this notebook, but your function gets other models too. What is "
+              "loud for one is quiet for another: ask `model` inside your function."),
         Wrong(_through_the_wall,
               "both coordinates must be finite and lie between -2 and 2: other records are rejected before training."
               " (Without such a check, the gradient has no limit at all.)"),
@@ -229,6 +265,23 @@ def _lead_over_itself(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - logits.amax(dim=1)
 
 
+def _own_logit_zero(logits, labels):
+    given = logits.double().gather(1, labels.unsqueeze(1)).squeeze(1)
+    own = F.one_hot(labels, logits.shape[1])
+    return given - (logits.double() * (1 - own)).amax(dim=1)
+
+
+def _subtracted_in_float32(logits, labels):
+    rows = labels.unsqueeze(1)
+    others = logits.float().scatter(1, rows, -torch.inf)
+    return (logits.float().gather(1, rows).squeeze(1) - others.amax(dim=1)).double()
+
+
+def _lead_over_the_first_other(logits, labels):
+    rows = torch.arange(len(labels))
+    return (logits[rows, labels] - logits[rows, (labels + 1) % logits.shape[1]]).double()
+
+
 def _logit_alone(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
@@ -250,13 +303,24 @@ def _sure():
     return torch.tensor([[40.0, 0.0, -1.0], [60.0, 3.0, 1.0], [-2.0, 0.5, 90.0]]), torch.tensor([0, 0, 2])
 
 
+def _below_zero():
+    return torch.tensor([[-1.0, -3.0], [-5.0, -2.0], [-1e6, -2e6], [-0.5, -0.5]]), torch.tensor([0, 0, 1, 1])
+
+
+def _one_record():
+    return torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.float64), torch.tensor([2])
+
+
 score = coding(
     "1.3",
     hint="`logits.gather(1, labels.unsqueeze(1))` takes each record's own logit. For the best of the others, first "
          "put minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a "
          "changed copy.",
     reference=membership_scores,
-    inputs=[lambda: _logits(1.0), lambda: _logits(5.0), _sure],
+    inputs=[lambda: _logits(1.0), lambda: _logits(5.0), _sure, _below_zero, _one_record],
+    dtype=(torch.float64, "In float32, leads that differ a little become equal, and the attack can't order them: `logits.double()`."),
+    rtol=1e-9,
+    atol=1e-9,
     wrong=[
         Wrong(_loss,
               "this is the loss. It is low for the records that the model has memorised, so it points the wrong way "
@@ -280,6 +344,15 @@ score = coding(
         Wrong(_lead_over_itself,
               "your maximum includes the label itself. So every record that the model gets right scores exactly 0, "
               "and the members, which are nearly all right, can't be ordered. Leave the label out first."),
+        Wrong(_own_logit_zero,
+              "you put 0 in the place of the record's own logit. Where all others are below 0, this 0 is the best rival, "
+              "and there is no such logit. Put minus infinity there: it never wins."),
+        Wrong(_subtracted_in_float32,
+              "you computed in float32, and made float64 of the result: the digits were lost before. Start from "
+              "`logits.double()`."),
+        Wrong(_lead_over_the_first_other,
+              "you compare with one certain other label. The best rival is another one for each record: take the "
+              "largest of all the others."),
         Wrong(_logit_alone,
               "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, "
               "but changes your score. Compare the label with its best rival."),
@@ -302,6 +375,7 @@ base_rate = value(
     hint="Imagine 10,000 people. How many are members, and how many of these does the attack call members? How many "
          "of the others?",
     answer=0.9 * 0.01 / (0.9 * 0.01 + 0.1 * 0.99),
+    share=True,
     wrong=[
         Wrong(0.9,
               "0.9 is the share of the members that the attack finds. The question goes the other way: of those that"
@@ -318,8 +392,6 @@ base_rate = value(
               "0.108 is the share of all people that are named. Which part of these are members?"),
         Wrong(0.099 / 0.108,
               "this is the share of the named people that are *not* members. You want the others."),
-        Wrong(100 / 12,
-              "this is the answer in percent. Give it as a share, between 0 and 1."),
     ],
     praise="about 1 in 12. It was 1 in 100 before. The attack multiplied the odds by nine (0.9 / 0.1), and still "
            "most of the people that it names are not members.",

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dpteach.exercises.core import Complaint, Wrong, coding, value
+from dpteach.exercises.core import Complaint, Wrong, coding, unattempted, value
 
 
 def _repeats(call: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
@@ -116,16 +117,58 @@ def _ignores_the_generator(clipped, noise_multiplier, max_grad_norm, expected_ba
     return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
 
 
+def _at_least_one(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / max(len(clipped), 1)
+
+
+def _two_c(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    return noisy_mean_gradient(clipped, 2 * noise_multiplier, max_grad_norm, expected_batch_size, generator)
+
+
+def _laplace(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.distributions.Laplace(0.0, 1.0).sample((clipped.shape[1],))
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _antithetic(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    half = torch.randn((clipped.shape[1] + 1) // 2, generator=generator)
+    noise = torch.cat([half, -half])[: clipped.shape[1]]
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
+
+
+def _centred(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
+    noise = torch.randn(clipped.shape[1], generator=generator)
+    return (clipped.sum(0) + noise_multiplier * max_grad_norm * (noise - noise.mean())) / expected_batch_size
+
+
+_NOISE_TRAITS = {
+    "finite": "your result holds NaN or infinity. What does your code do with a batch without rows?",
+    "mean": "your noise is not centred at zero, or the sum of the rows is wrong: the mean of result minus sum / expected batch size "
+            "is {mine:.2g} standard deviations of the right noise.",
+    "in turn": "the noise of one call can be told from that of the call before: in the sum or difference of two updates it is gone. "
+               "Draw at each call.",
+    "coordinates": "the noise is nearly the same in every coordinate: it cancels in the difference of two. Draw one number for each.",
+    "pairs": "the noise of one coordinate depends on that of another: in their sum or difference it cancels, wholly or in part, and "
+             "the attacker reads what is left. Draw one number for each coordinate.",
+    "middle": "your noise is not Gaussian, and the accountants compute ε for Gaussian noise. Use `torch.randn`.",
+    "spread": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided with it.",
+    "repeats": "the noise is right, but the same seed in `generator` does not give it again. Pass `generator=generator` to "
+               "`torch.randn`, and draw from nothing else.",
+}
+
+
 def _noise_traits(fn: Any, args: tuple) -> Any:
-    """The result itself where σ = 0; else what is typical of the noise, over 20 draws of every coordinate."""
-    clipped, noise_multiplier, _, expected_batch_size, generator = args
+    """The result itself where σ = 0; else what is typical of the noise, in units of its right standard deviation."""
+    clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator = args
     P = clipped.shape[1]
 
     def call() -> Any:
         try:
-            return fn(*args)
+            result = fn(*args)
         except ZeroDivisionError:  # a division by the actual size, as a Python number
             return torch.full((P,), math.nan)
+        return torch.as_tensor(result) if isinstance(result, np.ndarray) else result
 
     first = call()
     if not isinstance(first, Tensor):
@@ -133,21 +176,32 @@ def _noise_traits(fn: Any, args: tuple) -> Any:
     if first.shape != (P,):
         raise Complaint(f"your function must return one number for each coordinate of the gradient, shape {(P,)}, "
                         f"got {tuple(first.shape)}.")
+    if first.dtype not in (torch.float32, torch.float64):
+        raise Complaint(f"your function must return float32, got {first.dtype}: in coarser numbers, noise can be told from its "
+                        "last digits.")
     if noise_multiplier == 0:
         return first
     # Every column of the input is the same, so that coordinates differ by the noise only.
-    noise = torch.stack([call() for _ in range(20)]) - clipped.sum(0) / expected_batch_size
-    if not noise.isfinite().all():
-        return torch.full((5,), math.nan)
-    std, between_draws = noise.std(), noise.std(dim=0).mean()
-    return torch.stack([
-        noise.mean(),
-        std,
-        between_draws,
-        noise.std(dim=1).mean(),  # between coordinates
-        ((noise - noise.mean()).abs() <= std).float().mean(),  # 0.68 if Gaussian
-        _repeats(call, generator),
-    ])
+    draws = torch.stack([call() for _ in range(20 if P > 100 else 2000)])
+    noise = (draws - clipped.sum(0) / expected_batch_size) * expected_batch_size / (noise_multiplier * max_grad_norm)
+    finite = bool(noise.isfinite().all())
+    traits = {
+        "finite": torch.tensor(float(finite)),
+        "in turn": (noise[1:] * noise[:-1]).mean() / noise.square().mean(),
+        "spread": noise.std(),
+    }
+    if P > 100:
+        traits |= {
+            "mean": noise.mean(),
+            "coordinates": noise.std(dim=1).mean() / noise.std(),
+            "middle": 3 * ((noise - noise.mean()).abs() <= noise.std() / 2).float().mean(),  # 1.15; Laplace 1.5, uniform 0.9
+            "repeats": _repeats(call, generator),
+        }
+    elif P > 1:
+        together = (torch.corrcoef(noise.T) - torch.eye(P)).flatten()
+        closest = together[together.abs().argmax()]
+        traits["pairs"] = closest - closest.clamp(-0.15, 0.15)  # more than six standard deviations of chance
+    return {name: traits[name] if finite or name == "finite" else math.nan for name in _NOISE_TRAITS if name in traits}
 
 
 _NOISY_MEAN = coding(
@@ -157,14 +211,18 @@ _NOISY_MEAN = coding(
          "with no rows, and does your code do the right thing with it?",
     reference=noisy_mean_gradient,
     observe=_noise_traits,
+    traits=_NOISE_TRAITS,
     rtol=0.05,
-    atol=0.03,
+    atol=0.06,
     inputs=(
         lambda: (torch.tensor([[0.6, -0.8, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.5], [-1.0, 0.0, 0.0], [0.9, 0.1, 0.2]]),
                  0.0, 1.0, 2, torch.Generator().manual_seed(0)),
         lambda: (torch.full((5, 2000), 0.04), 1.5, 2.0, 8, torch.Generator().manual_seed(1)),
         lambda: (torch.full((12, 2000), 0.01), 0.8, 0.5, 3, torch.Generator().manual_seed(2)),
         lambda: (torch.zeros(0, 2000), 1.5, 2.0, 8, torch.Generator().manual_seed(3)),  # an empty batch
+        lambda: (torch.randn(7, 30, generator=torch.Generator().manual_seed(4)), 0.0, 3.0, 5, torch.Generator().manual_seed(5)),
+        lambda: (torch.full((3, 4), 0.1), 1.2, 0.7, 6, torch.Generator().manual_seed(6)),  # few coordinates, many draws
+        lambda: (torch.full((3, 1), 0.1), 0.7, 1.3, 2, torch.Generator().manual_seed(7)),  # a single coordinate
     ),
     wrong=(
         Wrong(_no_noise,
@@ -189,6 +247,12 @@ _NOISY_MEAN = coding(
         Wrong(_actual_size,
               "you divided by the actual batch size. It changes when one record joins, so the division tells who was in, and an "
               "empty batch divides by zero. Divide by the expected batch size, which is n·q for every batch."),
+        Wrong(_at_least_one,
+              "you divided by `max(len(clipped), 1)`. That mends the empty batch, but the divisor is still the actual batch size: "
+              "it changes when one record joins. Divide by the expected batch size, whatever the batch holds."),
+        Wrong(_two_c,
+              "your noise is twice as large as it must be: 2·σ·C. That would fit where one record is *replaced* by another, which "
+              "moves the sum by up to 2·C. Here a record joins or leaves, and moves it by up to C."),
         Wrong(_mean_of_the_actual_batch,
               "your noise is right, but `mean(0)` divides the gradients by the *actual* batch size. In a small batch one record "
               "then moves the result by far more than C / expected batch size, and the noise does not cover that; an empty "
@@ -217,6 +281,15 @@ _NOISY_MEAN = coding(
         Wrong(_centred_uniform,
               "the size of the noise is right, but it is not Gaussian: uniform noise has an end, and beyond it the attacker is "
               "certain. The accountants compute ε for Gaussian noise. Use `torch.randn`."),
+        Wrong(_laplace,
+              "this is Laplace noise. Its natural measure is the L1 norm, and clipping bounds the L2 norm; the accountants compute ε "
+              "for Gaussian noise. Use `torch.randn`."),
+        Wrong(_antithetic,
+              "you drew noise for half of the coordinates and used it again, with the sign turned, for the other half. In the sum of "
+              "such a pair it cancels, and the attacker reads that sum without any noise. Draw one number for each coordinate."),
+        Wrong(_centred,
+              "you subtracted the mean of the noise. Then the noise of all coordinates adds up to zero, and the attacker reads the "
+              "sum of the gradient's coordinates without any noise. Leave the draw as it is."),
         Wrong(_own_seed,
               "you seed the random numbers inside the function, so every step gets the *same* noise: in the difference of two "
               "updates it is gone. Draw from the generator that is handed to you."),
@@ -288,35 +361,65 @@ def _global_generator(n, sample_rate, generator):
     return torch.nonzero(torch.rand(n) < sample_rate).squeeze(1)
 
 
+_BATCH_TRAITS = {
+    "fixed": "your batches always have the same size. In such a batch the records are not independent: one that gets in keeps "
+             "another one out. Draw for each record on its own.",
+    "size": "your batches hold {times:.2g} times as many records as n·q, on average.",
+    "luckiest": "some records take part at a higher rate than others. Each must take part with probability q.",
+    "once": "a record can be in your batch twice, or the records take part at another rate than q.",
+    "varies": "the sizes of your batches vary {times:.2g} times as much as those of independent draws. Draw for each record on its own.",
+    "empty": "an empty batch must come now and then: with probability (1 - q)^n. Yours come more or less often.",
+    "alone": "batches of one record come too often, or too rarely.",
+    "pairs": "two records take part together more often, or less often, than independent draws would have it: who knows that one is "
+             "in learns about the other. Draw for each record on its own.",
+    "in turn": "who was in one batch says who is in the next. Draw anew at each call.",
+    "repeats": "the batches are right, but the same seed in `generator` does not give them again. Pass `generator=generator` to "
+               "`torch.rand`, and draw from nothing else.",
+}
+
+
 def _batch_traits(fn: Any, args: tuple) -> Any:
     """What is typical of many batches: how many records, how that varies, which records, in which company."""
     n, sample_rate, generator = args
-    first = fn(*args)
+
+    def call() -> Any:
+        result = fn(*args)
+        return torch.as_tensor(result) if isinstance(result, np.ndarray) else result
+
+    first = call()
     if not isinstance(first, Tensor):
         return first
     if first.dtype == torch.bool:
         raise Complaint(f"your function must return the indices of the records, got {len(first)} times True or False. "
                         "`torch.nonzero(...).squeeze(1)` makes indices of them.")
-    if first.ndim != 1 or first.is_floating_point() or first.is_complex():
-        raise Complaint(f"your function must return whole numbers in one row, shape (b,), got {first.dtype} of shape "
-                        f"{tuple(first.shape)}.")
-    batches = [fn(*args) for _ in range(2000)]
+    batches = [call() for _ in range(4000 if n < 100 else 2000)]
+    odd = next((batch for batch in [first, *batches] if batch.ndim != 1 or batch.is_floating_point() or batch.is_complex()), None)
+    if odd is not None:  # not only the first: `squeeze()` fails where the batch has one record
+        raise Complaint(f"your function must return whole numbers in one row, shape (b,), got {odd.dtype} of shape "
+                        f"{tuple(odd.shape)}.")
     everyone = torch.cat(batches)
     if len(everyone) and not 0 <= int(everyone.min()) <= int(everyone.max()) < n:
         raise Complaint(f"your function must return indices from 0 to {n - 1}, got some from {int(everyone.min())} to "
                         f"{int(everyone.max())}.")
-    counts = torch.stack([torch.bincount(batch, minlength=n) for batch in batches]).double()  # (2000, n)
+    counts = torch.stack([torch.bincount(batch, minlength=n) for batch in batches]).double()  # (draws, n)
     sizes, inside = counts.sum(1), (counts > 0).double()
-    return torch.stack([
-        sizes.mean() / (n * sample_rate),
-        sizes.std() / math.sqrt(n * sample_rate * (1 - sample_rate)),
-        inside.mean() / sample_rate,  # below the first where a record is drawn twice
-        inside.mean(0).max(),  # the luckiest record
-        (inside[:, 1:] * inside[:, :-1]).mean() / sample_rate,  # two neighbours together
-        (sizes == 0).double().mean(),
-        (sizes == 1).double().mean(),
-        _repeats(lambda: fn(*args), generator),
-    ])
+    size = sizes.mean() / (n * sample_rate)
+    if sample_rate == 1:
+        return {"size": size, "once": inside.mean()}
+    other = inside - sample_rate
+    pairs = (other.T @ other / len(batches)).fill_diagonal_(0)
+    return {
+        "fixed": (sizes == sizes[0]).all().double(),
+        "size": size,
+        "luckiest": inside.mean(0).max(),
+        "once": inside.mean() / sample_rate,  # below the first where a record is drawn twice
+        "varies": sizes.std() / math.sqrt(n * sample_rate * (1 - sample_rate)),
+        "empty": (sizes == 0).double().mean(),
+        "alone": (sizes == 1).double().mean(),
+        "pairs": pairs.abs().max() / sample_rate,
+        "in turn": ((other[1:] * other[:-1]).mean().abs() / sample_rate - 0.05).clamp(min=0),
+        "repeats": _repeats(call, generator),
+    }
 
 
 _POISSON_BATCH = coding(
@@ -325,11 +428,14 @@ _POISSON_BATCH = coding(
          "such a number is below q? `torch.nonzero(mask).squeeze(1)` turns a row of True and False into indices.",
     reference=poisson_batch,
     observe=_batch_traits,
+    traits=_BATCH_TRAITS,
     rtol=0.08,
     atol=0.03,
     inputs=(
         lambda: (100, 0.3, torch.Generator().manual_seed(0)),
         lambda: (6, 0.25, torch.Generator().manual_seed(1)),  # often empty
+        lambda: (1, 0.5, torch.Generator().manual_seed(2)),
+        lambda: (5, 1.0, torch.Generator().manual_seed(3)),  # everybody, always
     ),
     wrong=(
         Wrong(_fixed_size,
@@ -395,6 +501,10 @@ def _ordinary_batch():
     return torch.tensor([[1.0, 0.0]]).expand(100, 2).clone(), torch.tensor([-1.0, 0.0])
 
 
+def _four_rows():
+    return torch.tensor([[1.0, 0.0]]).expand(4, 2).clone(), torch.tensor([-1.0, 0.0])
+
+
 def _same_direction():
     return torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 0.0])
 
@@ -410,14 +520,14 @@ def _short_rows():
 def _how_far(fn: Any, args: tuple) -> Any:
     """A word for what the learner's pair does to ``clipped.mean(0)``."""
     pair = fn()
-    if pair is None or pair is ... or pair is NotImplemented:
+    if unattempted(pair):
         return pair
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in pair)):
         raise Complaint("your function must return two tensors: the batch, and the record that joins it.")
-    batch, record = (part.double() for part in pair)
+    batch, record = (torch.as_tensor(part).detach().double() for part in pair)
     if batch.ndim != 2 or batch.shape[1] != 2 or record.shape != (2,):
-        raise Complaint(f"the batch must have shape (b, 2) and the record (2,), got {tuple(pair[0].shape)} and "
-                        f"{tuple(pair[1].shape)}.")
+        raise Complaint(f"the batch must have shape (b, 2) and the record (2,), got {tuple(batch.shape)} and "
+                        f"{tuple(record.shape)}.")
     if not (batch.isfinite().all() and record.isfinite().all()):
         raise Complaint("the rows must hold finite numbers.")
     if record.norm() > _C * 1.0001:
@@ -431,7 +541,9 @@ def _how_far(fn: Any, args: tuple) -> Any:
         return "leaks"
     if moved < 0.01 * _C / _EXPECTED:
         return "does not move"
-    return "large batch" if len(batch) > 3 else "short rows"
+    if len(batch) <= 3:  # the newcomer can move their mean by 2·C / 4
+        return "short rows"
+    return "large batch" if len(batch) >= 20 else "a few rows too many"
 
 
 _NEIGHBOURS = coding(
@@ -451,6 +563,9 @@ _NEIGHBOURS = coding(
         Wrong(_ordinary_batch,
               "in a batch this large, one record hardly moves the mean. Poisson batches vary in size, and when n·q is small they "
               "may hold a record or two. Try a batch as small as that."),
+        Wrong(_four_rows,
+              "your batch is small, but not small enough. Among b others, the newcomer has the weight 1 / (b + 1) in the mean, so it "
+              "moves the mean by 2·C / (b + 1) at most. Take fewer rows."),
         Wrong(_same_direction,
               "the mean does not move: your record is equal to the mean of the others, so nothing changes when it joins. Choose "
               "a direction that the others do not have."),
@@ -479,6 +594,7 @@ _POSTERIOR = value(
     hint="Three steps: the likelihood ratio is exp((x - ½) / σ²); the odds are prior / (1 - prior); the new odds are the old "
          "odds times the ratio. A probability is odds / (1 + odds).",
     answer=_belief(_PRIOR, (_SEEN - 0.5) / _SIGMA**2),
+    share=True,
     wrong=(
         Wrong(_RATIO,
               "that is the likelihood ratio. It says how much the observation speaks for you, not yet what the attacker "

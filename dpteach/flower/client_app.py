@@ -4,7 +4,9 @@ Every message starts a new process, so nothing in memory lasts. ``Context.state`
 the ledger's file outlasts both.
 """
 
-import secrets
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from dpteach import models
-from dpteach._checks import choice
+from dpteach._checks import choice, number
 from dpteach.accounting import Ledger
 from dpteach.data import Data, load_mnist, split
 from dpteach.federated import Worker
@@ -21,6 +23,12 @@ from dpteach.training import Settings
 app = ClientApp()
 
 MODELS = {"mlp": lambda: models.mlp(784, 64, 10), "cnn": models.cnn}
+PRIVATE = ("dpsgd", "opacus")  # the methods that a run may choose from
+
+# What a node does with its records if its own --node-config doesn't say otherwise. A run can't change it.
+NODE = {"noise-multiplier": 1.3, "max-grad-norm": 1.0, "target-delta": 1e-5, "privacy": "sample"}
+ONLY_THE_NODES = {*NODE, "ledger", "ledgers", "max-epsilon", "data", "name", "partition-id", "num-partitions"} - {"privacy"}
+VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virtual nodes, which have none
 
 
 @app.train()
@@ -34,7 +42,7 @@ def answer(arrays: ArrayRecord, context: Context) -> RecordDict:
     try:
         return train_round(arrays, context)
     except (ValueError, OSError) as error:
-        return RecordDict({"refusal": ConfigRecord({"name": _name(context), "why": str(error)})})
+        return RecordDict({"refusal": ConfigRecord({"name": _name(own_config(context)), "why": str(error)})})
 
 
 def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
@@ -46,55 +54,88 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
         The number of records is taken as public: the average is weighted by it.
 
     Raises:
-        ValueError: if a setting is out of its range, or the ledger is damaged or not named.
+        ValueError: if the run asks for what only the node may decide, a setting is out of its range, or the ledger is gone,
+            damaged or not named.
         OSError: if the ledger can't be written, or the data file can't be read.
     """
-    config = {**context.run_config, **context.node_config}
-    model = MODELS[choice("model", config["model"], MODELS)]()
+    node, run = own_config(context), context.run_config
+    check_request(node, run)
+    model = MODELS[choice("model", run["model"], MODELS)]()
     model.load_state_dict(arrays.to_torch_state_dict())
     settings = Settings(
-        noise_multiplier=config["noise-multiplier"], max_grad_norm=config["max-grad-norm"],
-        epochs=config["local-epochs"], batch_size=config["batch-size"], lr=config["lr"],
-        target_delta=config["target-delta"],
-        seed=secrets.randbits(62),  # whoever knows the seed can subtract the noise
+        noise_multiplier=node["noise-multiplier"], max_grad_norm=node["max-grad-norm"], target_delta=node["target-delta"],
+        epochs=run["local-epochs"], batch_size=run["batch-size"], lr=run["lr"],
+        seed=None,  # from the operating system: whoever knows a seed can compute the noise and subtract it
     )
-    name, data = _name(context), _records(config)
-    if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
-        worker = Worker(name, data, settings, Ledger(_ledger_file(config, name)))
-    else:  # no noise here: the server clips and adds it
-        worker = Worker(name, data, settings, method="sgd")
+    # Without noise on the node, for the server to clip and add it, a ledger that the node names says so: ε is infinite.
+    method = choice("method", node.get("method", run["method"]), PRIVATE) if run["privacy"] == "sample" else "sgd"
+    worker = Worker(_name(node), _records(node, run), settings, _ledger(node, method), method=method)
+    check_budget(node, worker)
     for _ in worker.train_round(model):  # charges the ledger first
         pass
-    metrics = {"num-examples": len(data)}
-    if worker.method == "dpsgd":
+    metrics = {"num-examples": len(worker.data)}
+    if method != "sgd":
         metrics |= {"epsilon": worker.epsilon("rdp"), "steps": worker.ledger.steps,
                     "epsilon-by-state": _by_state(context, worker)}
     return RecordDict({
         "arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics),
-        "who": ConfigRecord({"name": name}),
+        "who": ConfigRecord({"name": worker.name}),
     })
 
 
-def _name(context: Context) -> str:
-    partition = context.node_config.get("partition-id", 0)
-    return str(context.node_config.get("name", f"client-{partition:02d}"))
+def own_config(context: Context) -> dict:
+    """What the node itself has said: :data:`NODE`, and over it its ``--node-config``."""
+    virtual = os.environ.get(VARIABLE)
+    return {**NODE, **(json.loads(Path(virtual).read_text(encoding="utf8")) if virtual else {}), **context.node_config}
 
 
-def _records(config: dict) -> Data:
-    """The node's own file where node-config names one (``data``), else its part of MNIST."""
-    if "data" in config:
-        own = torch.load(config["data"], weights_only=True)
+def check_request(node: dict, run: dict) -> None:
+    """Refuse a run that wants to decide what only the node may: how its records are protected, which they are, where it counts.
+
+    Raises:
+        ValueError: names the key, its value, and who may set it.
+    """
+    if theirs := sorted(ONLY_THE_NODES & run.keys()):
+        raise ValueError(f"{theirs[0]} must not be in a run's config, got {run[theirs[0]]!r}: only a node's own --node-config may set it")
+    if choice("privacy", run["privacy"], ("sample", "client")) == "client" and node["privacy"] != "client":
+        raise ValueError("privacy must be 'sample' on this node, got 'client' from the run, which is training without noise: only the "
+                         "node's own --node-config can agree to that, with privacy=\"client\"")
+
+
+def check_budget(node: dict, worker: Worker) -> None:
+    """Refuse a round after which ε would be above the node's ``max-epsilon``, if it has one."""
+    if "max-epsilon" not in node:
+        return
+    after, sigma = Ledger(), 0.0 if worker.method == "sgd" else worker.settings.noise_multiplier
+    for charge in worker.ledger.charges:
+        after.charge(**asdict(charge))
+    after.charge(noise_multiplier=sigma, sample_rate=worker.sample_rate, steps=worker.steps_per_round)
+    epsilon = after.epsilon(target_delta=worker.settings.target_delta, accountant="rdp")
+    if epsilon > number("max-epsilon", node["max-epsilon"], low=0):
+        raise ValueError(f"max-epsilon is {node['max-epsilon']:g} on this node, and after the round ε would be {epsilon:.4g}")
+
+
+def _name(node: dict) -> str:
+    return str(node.get("name", f"client-{node.get('partition-id', 0):02d}"))
+
+
+def _records(node: dict, run: dict) -> Data:
+    """The node's own file where node-config names one (``data``), else its part of MNIST; the run may ask for fewer."""
+    if "data" in node:
+        own = torch.load(node["data"], weights_only=True)
         data = Data(own["X"], own["y"])
     else:
-        data = split(load_mnist(), int(config["num-partitions"]))[int(config["partition-id"])]
-    return data.take(min(int(config["records"]), len(data))) if config["records"] else data
+        data = split(load_mnist(), int(node["num-partitions"]))[int(node["partition-id"])]
+    return data.take(min(int(run["records"]), len(data))) if run["records"] else data
 
 
-def _ledger_file(config: dict, name: str) -> Path:
-    if config.get("ledger"):
-        return Path(config["ledger"])
-    if config["ledgers"]:
-        return Path(config["ledgers"]) / f"{name}.json"
+def _ledger(node: dict, method: str) -> Ledger:
+    if node.get("ledger"):
+        return Ledger(node["ledger"])
+    if node.get("ledgers"):
+        return Ledger(Path(node["ledgers"]) / f"{_name(node)}.json")
+    if method == "sgd":
+        return Ledger()
     raise ValueError("ledger must be named in --node-config, as ledger=\"/folder/file.json\", got none: nothing is trained uncounted")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -15,14 +16,18 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 from dpteach._checks import number, whole
 from dpteach.accounting import Ledger
-from dpteach.flower import APP, MISSING, installed
-from dpteach.flower.keeper import VARIABLE, end
+from dpteach.flower import APP, MISSING, door, installed
+from dpteach.flower.keeper import VARIABLE, end, marked
 
 _POLL = 0.1  # seconds between two looks at the processes
+_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")  # a Jupyter kernel sets them: then Flower colours its JSON too
 _OWN = ("link", "run", "command")  # names of processes that are no nodes
 
 
@@ -36,6 +41,7 @@ class Node:
         noise_multiplier: σ >= 0.
         max_grad_norm: C > 0.
         target_delta: δ in (0, 1).
+        max_epsilon: the node refuses a round after which its ε would be larger; None for no limit.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -45,6 +51,7 @@ class Node:
     noise_multiplier: float = 1.3
     max_grad_norm: float = 1.0
     target_delta: float = 1e-5
+    max_epsilon: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -54,6 +61,8 @@ class Node:
         number("noise_multiplier", self.noise_multiplier, low=0)
         number("max_grad_norm", self.max_grad_norm, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
+        if self.max_epsilon is not None:
+            number("max_epsilon", self.max_epsilon, low=0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class _Local:
 
     def __enter__(self):
         self._mark = uuid.uuid4().hex
-        self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))
+        self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))  # for the owner's eyes only (0700)
         self._keeper = subprocess.Popen(
             [sys.executable, "-m", "dpteach.flower.keeper", self._mark, str(self._home)],
             stdin=subprocess.PIPE, start_new_session=True,
@@ -128,33 +137,56 @@ class _Local:
         raise NotImplementedError
 
     def _start_link(self, *options: str) -> None:
+        door.make(self._home)
         self._port = _free_port()
-        self._spawn("link", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self._port),
+        self._spawn("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self._port), *self._tls(),
                     "--disable-runtime-dependency-installation", *options)
         (self._home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
+            f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n"
         )
         self._wait_for(lambda: _answers(self._port), "the SuperLink did not start")
+        self._check_doors()
+
+    def _tls(self) -> list[str]:
+        certificate, key = (str(self._home / name) for name in (door.CERTIFICATE, door.KEY))
+        return ["--ssl-ca-certfile", certificate, "--ssl-certfile", certificate, "--ssl-keyfile", key]
+
+    def _check_doors(self) -> None:
+        for process in marked(self._mark):
+            for port in _listening(process):
+                if door.answers_strangers(port):
+                    raise RuntimeError(
+                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever has an account "
+                        f"on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 and 1.42, which can be closed."
+                    )
 
     def _spawn(self, name: str, command: str, *options: str) -> None:
         with (self._home / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [_script(command), *options], env=self._environment(name), cwd=self._home, stdin=subprocess.DEVNULL,
+                [self._command(command), *options], env=self._environment(name), cwd=self._home, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True,
             )
 
     def _environment(self, name: str) -> dict[str, str]:
-        scripts = sysconfig.get_path("scripts")  # a SuperLink starts its helpers by name
+        scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"  # a SuperLink starts its helpers by name
+        inherited = {key: value for key, value in os.environ.items() if key not in _COLOURS}
         return {
-            **os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
+            **inherited, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1",
-            VARIABLE: f"{self._mark}/{name}",
+            door.VARIABLE: str(self._home), VARIABLE: f"{self._mark}/{name}",
         }
+
+    def _command(self, name: str) -> str:
+        found = shutil.which(name, path=self._environment(name)["PATH"])
+        if found is None:
+            raise RuntimeError(f"{name} was not found. {MISSING}")
+        return found
 
     def _flwr(self, *arguments: str) -> dict | None:
         """The JSON answer of a ``flwr`` command; None where it fails."""
         try:
-            made = subprocess.run([_script("flwr"), *arguments], env=self._environment("command"), cwd=self._home,
+            made = subprocess.run([self._command("flwr"), *arguments], env=self._environment("command"), cwd=self._home,
                                   stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
             return json.loads(made.stdout) if made.returncode == 0 else None
         except (subprocess.TimeoutExpired, ValueError):
@@ -192,8 +224,7 @@ class _Local:
         self._check_open()
         self._runs += 1
         report = self._home / f"report-{self._runs}.jsonl"
-        changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report),
-                   **{key.replace("_", "-"): value for key, value in config.items()}}
+        changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report), **config}
         self._spawn("run", "flwr", "run", str(APP), "--stream", *options,
                     *(f"--run-config={key}={json.dumps(value)}" for key, value in changed.items()))
         read, run_id, ended = 0, None, False
@@ -241,10 +272,14 @@ class _Local:
 class Federation(_Local):
     """Nodes on this machine, each with processes, a port and a ledger of its own: a context manager.
 
+    The nodes have registered keys, and each port wants the certificate of this federation: it is closed to other accounts of
+    the machine.
+
     Args:
         nodes: two or more, with different names; each gets its part of MNIST.
-        folder: where the ledgers are, ``NAME.json`` each; they are kept. Without it they are in a temporary folder that is
-            removed at the end: right for a lesson only.
+        folder: where the ledgers are, ``NAME.json`` each; they are kept. A new node's is made now; one that is gone
+            later is an error, not a new one. Without ``folder`` they are in a temporary folder that is removed at the
+            end: right for a lesson only.
         start_timeout: seconds within which all nodes must be online.
 
     Raises:
@@ -263,8 +298,7 @@ class Federation(_Local):
         if self._folder is not None:
             if not self._folder.is_dir():
                 raise ValueError(f"folder must be a folder that exists, got {str(folder)!r}")
-            for name in self.nodes:
-                self.ledger(name)
+            self._make_ledgers()
 
     def ledger(self, name: str) -> Ledger:
         """The ledger of the node ``name``, as it is now.
@@ -274,7 +308,17 @@ class Federation(_Local):
         """
         if self._folder is None and self._keeper is None:
             raise RuntimeError("Without a folder the ledgers end with the federation: give Federation a folder to keep them.")
-        return Ledger((self._folder or self._home) / f"{self._known(name)}.json")
+        return Ledger(self._ledger_file(name))
+
+    def _ledger_file(self, name: str) -> Path:
+        return (self._folder or self._home) / f"{self._known(name)}.json"
+
+    def _make_ledgers(self) -> None:
+        for name in self.nodes:
+            file = self._ledger_file(name)
+            before = file.with_suffix(".started")  # it stays: a ledger that is gone is not one that was never there
+            Ledger(file, new=not file.exists() and not before.exists())  # a damaged one is an error now
+            before.touch()
 
     def rounds(self, rounds: int = 3, *, timeout: float = 120, **config) -> Iterator[FederatedRound]:
         """Run some rounds of federated averaging from a new model, one :class:`FederatedRound` at a time.
@@ -282,14 +326,15 @@ class Federation(_Local):
         Args:
             rounds: >= 1.
             timeout: seconds for one round, >= 1.
-            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``records=1000``.
+            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``method="opacus"``.
 
         Raises:
+            ValueError: if the app has no such key: what protects a node's records is its :class:`Node`'s to say.
             RuntimeError: if a node has ended, or refused; says which one and what to do. The ledgers stay as they are.
             TimeoutError: if a round takes longer than ``timeout``.
         """
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        return self._rounds(rounds, timeout, {"num_nodes": len(self.nodes), **config})  # so errors come at the call
+        return self._rounds(rounds, timeout, _run_config({"num_nodes": len(self.nodes), **config}))  # so errors come at the call
 
     def kill(self, name: str, *, in_next_round: bool = False) -> None:
         """SIGKILL the node ``name``, all of it, as a power cut would.
@@ -321,7 +366,9 @@ class Federation(_Local):
         self._wait_online()
 
     def _start(self) -> None:
-        self._start_link()
+        self._start_link("--enable-supernode-auth")
+        if self._folder is None:
+            self._make_ledgers()
         for name in self.nodes:
             self._start_node(name)
         self._wait_online()
@@ -331,13 +378,21 @@ class Federation(_Local):
         config = {
             "name": name, "partition-id": list(self.nodes).index(name), "num-partitions": len(self.nodes),
             "noise-multiplier": float(node.noise_multiplier), "max-grad-norm": float(node.max_grad_norm),
-            "target-delta": float(node.target_delta), "ledger": str(self.ledger(name).path),
+            "target-delta": float(node.target_delta), "ledger": str(self._ledger_file(name)),
         }
-        self._spawn(name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self._port}", "--host", "127.0.0.1",
-                    "--port", str(_free_port()), "--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()))
+        if node.max_epsilon is not None:
+            config["max-epsilon"] = float(node.max_epsilon)
+        key = self._home / f"{uuid.uuid4().hex}.key"  # one a start: for about a minute the old one would count as online
+        if self._flwr("supernode", "register", str(door.make_node_key(key)), "--format", "json") is None:
+            raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words()}")
+        self._spawn(name, "flower-supernode", "--superlink", f"127.0.0.1:{self._port}", "--host", "127.0.0.1",
+                    "--port", str(_free_port()), "--root-certificates", str(self._home / door.CERTIFICATE), *self._tls(),
+                    "--auth-supernode-private-key", str(key),
+                    "--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()))
 
     def _wait_online(self) -> None:
         self._wait_for(lambda: all(map(self._id, self.nodes)), f"the nodes {', '.join(self.nodes)} were not online")
+        self._check_doors()
 
     def _id(self, name: str) -> str | None:
         """The number under which the SuperLink knows the node: a new one after each start. None before it is online.
@@ -384,6 +439,9 @@ class Federation(_Local):
 class Simulation(_Local):
     """Many virtual clients in a few processes, on Flower's Ray engine: a context manager.
 
+    Flower's port wants a certificate, as in :class:`Federation`. Ray's ports are open to the network and want a token; we have
+    not tried each of them: not on a host that you share.
+
     Args:
         clients: how many, >= 2; each has its part of MNIST, its name ``client-00``, ``client-01``, … and its ledger.
         start_timeout: seconds within which Flower must be up.
@@ -396,25 +454,56 @@ class Simulation(_Local):
     def __init__(self, clients: int, *, start_timeout: float = 90):
         super().__init__(start_timeout=start_timeout)
         self.clients = whole("clients", clients, low=2)
+        self._token = secrets.token_hex(32)
         if importlib.util.find_spec("ray") is None:
             raise RuntimeError("Flower's simulation is not installed: pip install 'flwr[simulation]>=1.41'.")
 
     def rounds(self, rounds: int = 3, *, timeout: float = 600, **config) -> Iterator[dict]:
-        """As :meth:`Federation.rounds`; each round is the dict that the server reports."""
+        """As :meth:`Federation.rounds`; each round is the dict that the server reports.
+
+        Args:
+            config: also what each client decides for itself: ``noise_multiplier``, ``max_grad_norm``, ``target_delta``,
+                ``max_epsilon``. With ``privacy="client"`` all of them agree to it, and their ledgers' ε is infinite from then on.
+        """
+        from dpteach.flower.client_app import ONLY_THE_NODES
+
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        config = {"num_nodes": self.clients, "ledgers": str(self._home), **config}
+        theirs = {key.replace("_", "-"): config.pop(key) for key in list(config) if key.replace("_", "-") in ONLY_THE_NODES}
+        config = _run_config({"num_nodes": self.clients, "privacy": "sample", **config})
+        theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
+        (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
         return self._lines(rounds, timeout, config, "--federation-config",
                            f"num-supernodes={self.clients} client-resources-num-cpus=1")
 
+    def _environment(self, name: str) -> dict[str, str]:
+        from dpteach.flower.client_app import VARIABLE as NODES
+
+        # Ray's ports are open to the whole network, and whoever reaches them runs programs as you, unless a token is asked for.
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        return {**super()._environment(name), **ray, NODES: str(self._home / "nodes.json")}
+
     def _start(self) -> None:
+        for client in range(self.clients):
+            Ledger(self._home / f"client-{client:02d}.json", new=True)
         self._start_link("--simulation")
 
 
-def _script(name: str) -> str:
-    found = shutil.which(name, path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        raise RuntimeError(f"{name} was not found. {MISSING}")
-    return found
+def _run_config(config: dict) -> dict:
+    import tomllib  # since Python 3.11, as Flower
+
+    allowed = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
+    asked = {key.replace("_", "-"): value for key, value in config.items()}
+    for key in asked.keys() - allowed.keys():
+        raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(allowed)}")
+    return asked
+
+
+def _listening(process: psutil.Process) -> list[int]:
+    try:
+        connections = getattr(process, "net_connections", None) or process.connections  # psutil 6, 5
+        return [c.laddr.port for c in connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:  # it has just ended
+        return []
 
 
 def _answers(port: int) -> bool:

@@ -41,16 +41,28 @@ class ApartFedAvg(FedAvg):
         return [Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node) for node in self.only]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
-        replies = list(replies)
-        for reply in replies:
-            if reply.has_error():
-                raise RoundFailed(f"a node did not answer in round {server_round}: {reply.error.reason}")
-            if "refusal" in reply.content:
-                refusal = reply.content["refusal"]
-                raise RoundFailed(f"{refusal['name']} refused round {server_round}: {refusal['why']}")
-        if len(replies) < self.min_train_nodes:
-            raise RoundFailed(f"round {server_round} got {len(replies)} of {self.min_train_nodes} answers in time")
-        return super().aggregate_train(server_round, replies)
+        return super().aggregate_train(server_round, answers(server_round, replies, self.min_train_nodes))
+
+
+class Central(DifferentialPrivacyServerSideFixedClipping):
+    """Flower's own central privacy, which stops at the first client that refuses or is lost, with its reason."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]):
+        return super().aggregate_train(server_round, answers(server_round, replies, self.strategy.min_train_nodes))
+
+
+def answers(server_round: int, replies: Iterable[Message], expected: int) -> list[Message]:
+    """The replies of a round. RoundFailed if one is a refusal or an error, or if there are fewer than ``expected``."""
+    replies = list(replies)
+    for reply in replies:
+        if reply.has_error():
+            raise RoundFailed(f"a node did not answer in round {server_round}: {reply.error.reason}")
+        if "refusal" in reply.content:
+            refusal = reply.content["refusal"]
+            raise RoundFailed(f"{refusal['name']} refused round {server_round}: {refusal['why']}")
+    if len(replies) < expected:
+        raise RoundFailed(f"round {server_round} got {len(replies)} of {expected} answers in time")
+    return replies
 
 
 def apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
@@ -98,7 +110,7 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
         model.load_state_dict(arrays.to_torch_state_dict())
         reached = accuracy(model, test_data)
         line = {"round": server_round, "rounds": rounds, "accuracy": reached, **made}
-        if isinstance(strategy, DifferentialPrivacyServerSideFixedClipping):
+        if isinstance(strategy, Central):
             line["epsilon"] = strategy.privacy_spent().epsilon  # of a whole client, not of a record
         if server_round:
             report.add(line)
@@ -108,7 +120,7 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
                    timeout=float(config["round-timeout"]), evaluate_fn=after)
 
 
-def central(strategy: FedAvg, config: dict) -> DifferentialPrivacyServerSideFixedClipping:
+def central(strategy: FedAvg, config: dict) -> Central:
     """Flower's own central privacy: the server clips each client's update and adds the noise. Clients must trust it."""
     from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 
@@ -117,7 +129,7 @@ def central(strategy: FedAvg, config: dict) -> DifferentialPrivacyServerSideFixe
         target_delta=config["server-target-delta"], population_size=nodes, sampling_method=SamplingMethod.NO_AMPLIFICATION,
         neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
     ))
-    return DifferentialPrivacyServerSideFixedClipping(
+    return Central(
         strategy, noise_multiplier=config["server-noise-multiplier"], clipping_norm=config["clipping-norm"],
         num_sampled_clients=nodes, accountant=accountant,
     )

@@ -1,0 +1,314 @@
+"""Right answers that are written in other ways pass the checks of notebooks 04 to 07; wrong ones of an audit do not."""
+
+import functools
+import math
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus.accountants import RDPAccountant
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpteach
+from dpteach import epsilon
+from dpteach.exercises import budget, check, federated, flower, opacus
+
+# Right, in other ways
+
+
+def price_in_numpy(n, batch_size, epochs, noise_multiplier, target_delta):
+    steps = -(-n // batch_size)
+    return np.float64(dpteach.epsilon_path(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps,
+                                           target_delta=target_delta)[-1])
+
+
+def price_by_a_ledger(n, batch_size, epochs, noise_multiplier, target_delta):
+    ledger, steps = dpteach.Ledger(), (n + batch_size - 1) // batch_size
+    for _ in range(epochs):
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=steps)
+    return torch.tensor(ledger.epsilon(target_delta=target_delta, accountant="rdp"))
+
+
+def price_by_opacus(n, batch_size, epochs, noise_multiplier, target_delta):
+    steps, accountant = math.ceil(n / batch_size), RDPAccountant()
+    for _ in range(epochs * steps):
+        accountant.step(noise_multiplier=noise_multiplier, sample_rate=1 / steps)
+    return accountant.get_epsilon(delta=target_delta)
+
+
+def epochs_from_above(budget_, n, batch_size, noise_multiplier, target_delta):
+    steps = math.ceil(n / batch_size)
+
+    def cost(epochs):
+        return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps, target_delta=target_delta,
+                       accountant="rdp")
+
+    high = 1
+    while cost(high) <= budget_:
+        high *= 2
+    return next(e for e in range(high, -1, -1) if cost(e) <= budget_)
+
+
+def epochs_by_another_rounding(budget_, *run):
+    """An ε that differs in the last place, as another library's does."""
+    epochs = np.int64(0)
+    while budget._after(int(epochs) + 1, *run) * (1 + 1e-16 * (-1) ** int(epochs)) <= budget_:
+        epochs += 1
+    return epochs
+
+
+def average_in_numpy(models, weights):
+    return {name: np.average([m.state_dict()[name].numpy() for m in models], axis=0, weights=weights) for name in models[0].state_dict()}
+
+
+def average_of_parameters(models, weights):
+    parameters = [dict(model.named_parameters()) for model in models]
+    return {name: torch.stack([w / sum(weights) * p[name] for w, p in zip(weights, parameters)]).sum(0) for name in parameters[0]}
+
+
+def average_of_the_package(models, weights):
+    return dpteach.federated_average(models, weights)
+
+
+def rounds_charged_step_by_step(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = np.zeros(rounds)
+    for k in range(rounds):
+        for _ in range(steps):
+            ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=1)
+        try:
+            train_one_round()
+        finally:
+            path[k] = ledger.epsilon(accountant="rdp", target_delta=1e-5)
+    return path
+
+
+def report_in_a_loop(replies):
+    log = {}
+    for reply in sorted(replies, key=lambda r: -r["epsilon"]):
+        log[reply["name"]] = np.float64(reply["epsilon"])
+    return log
+
+
+def client_level_by_opacus(noise_multiplier, clients, sampled, rounds, target_delta):
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, sampled / clients, rounds)]
+    return accountant.get_epsilon(target_delta)
+
+
+RIGHT = [
+    ("4.1", price_in_numpy), ("4.1", price_by_a_ledger), ("4.1", price_by_opacus), ("4.2", epochs_from_above),
+    ("4.2", epochs_by_another_rounding), ("6.1", average_in_numpy), ("6.1", average_of_parameters), ("6.1", average_of_the_package),
+    ("6.3", rounds_charged_step_by_step), ("7.1", report_in_a_loop), ("7.3", client_level_by_opacus),
+    ("4.3", [0.5, 0.001, 1000.0]), ("4.3", torch.tensor([0.5, 0.001, 1000.0])), ("4.3", np.array([0.5, 0.001, 1000])),
+    ("4.4", "(b)"), ("4.4", "b)"), ("5.1", "c)"), ("5.1", " C. "), ("5.2", "0.997"), ("5.2", 1.0), ("5.2", torch.tensor(0.997)),
+    ("5.3", (256.0, 256.0)), ("5.3", [100, 100]), ("5.3", np.array([300, 300])), ("5.3", torch.tensor([256, 256])),
+    ("6.2", 300.0), ("6.2", torch.tensor(300)), ("6.2", "300"), ("6.4", "73.1 %"), ("6.4", 0.73), ("7.2", np.int64(80)),
+]
+
+
+@pytest.mark.parametrize("id, answer", RIGHT, ids=lambda x: getattr(x, "__name__", repr(x)[:30]))
+def test_a_right_answer_that_is_written_in_another_way_passes(id, answer):
+    verdict = check(id, answer)
+    assert verdict.passed is True, verdict
+
+
+# Wrong, and said to be right or misjudged before
+
+
+def search_in(end):
+    def epochs_within(*args):
+        return next((e - 1 for e in range(1, end) if budget._after(e, *args[1:]) > args[0]), end - 1)
+
+    return epochs_within
+
+
+def no_next_epoch(budget_, n, batch_size, noise_multiplier, target_delta):
+    epochs = 0
+    while budget._after(epochs + 1, n, batch_size, noise_multiplier, target_delta) <= budget_:
+        pass
+    return epochs
+
+
+def changes_the_weights(models, weights):
+    for k, w in enumerate(list(weights)):
+        weights[k] = w / 80
+    return federated.average(models, weights)
+
+
+def hides_the_error(*args):
+    ledger, train_one_round, *rest = args
+
+    def quiet():
+        with suppress(Exception):
+            train_one_round()
+
+    return federated.private_rounds(ledger, quiet, *rest)
+
+
+def charges_in_except(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
+    path = []
+    for _ in range(rounds):
+        try:
+            train_one_round()
+        except BaseException:
+            ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+            raise
+        ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        path.append(ledger.epsilon(accountant="rdp"))
+    return path
+
+
+WRONG = [
+    ("4.1", lambda n, b, *rest: budget.price(n, b, *rest) if n / b % 1 > 0.5 or n % b == 0 else 0.0, "too low"),
+    ("4.2", search_in(10), "ends at 9"), ("4.2", search_in(101), "ends at 100"), ("4.2", search_in(31), "too low"),
+    ("4.2", no_next_epoch, "does its loop end?"),
+    ("4.3", (0.001, 0.5, 1000), "in this order"), ("4.3", (10**400, 0.1, 10), "in this order"),
+    ("5.3", (10**400, 10**400), "whole numbers"), ("5.3", (256.5, 256), "whole numbers"), ("5.3", "25", "at least 100"),
+    ("6.1", changes_the_weights, "changes the list of weights"),
+    ("6.2", 10**400, "whole number"), ("6.2", 0.3, "whole number"), ("6.2", True, "whole number"),
+    ("6.3", federated._charge_in_finally, "killed"), ("6.3", charges_in_except, "killed"), ("6.3", hides_the_error, "hides an error"),
+    ("6.4", 73.1, "in percent"), ("6.4", 88.08, "bob's ε"), ("6.4", "50 %", "learns nothing"),
+    ("7.1", lambda replies: print(flower.report(replies)), "prints, and returns nothing"),
+    ("7.1", lambda replies: replies, "loss"), ("7.1", lambda replies: {r["name"]: r for r in replies}, "loss"),
+    ("7.1", lambda replies: {r["name"]: r.pop("epsilon") for r in replies}, "changes the replies"),
+    ("7.1", lambda replies: [{"name": r["name"], "epsilon": r["epsilon"]} for r in replies], "one dict"),
+    ("7.1", lambda replies: str(flower.report(replies)), "must return a dict"),
+    ("7.3", flower._by_the_default, "PRV"), ("7.3", flower._delta_of_clients, "1 / clients"),
+]
+
+
+@pytest.mark.parametrize("id, answer, words", WRONG, ids=lambda x: getattr(x, "__name__", repr(x)[:30]))
+def test_a_wrong_answer_of_an_audit_is_told_what_is_wrong(id, answer, words):
+    verdict = check(id, answer)
+    assert verdict.passed is False and words in verdict.message, verdict
+
+
+@pytest.mark.parametrize("answer", [
+    lambda replies: {r["name"]: 2 * r["epsilon"] for r in replies}, lambda replies: {}, lambda replies: {"alice": 1},
+    lambda replies: [2.0], lambda replies: {r["name"]: "1.17" for r in replies}, lambda replies: {r["name"]: [r["epsilon"]] for r in replies},
+])
+def test_an_error_in_a_dict_does_not_show_what_is_right(answer):
+    verdict = check("7.1", answer)
+    assert verdict.passed is False and "1.17" not in verdict.message and "{" not in verdict.message, verdict
+
+
+def test_a_budget_that_is_spent_to_the_last_digit_pays():
+    verdict = check("4.2", budget.strictly_below)
+    assert verdict.passed is False and "exactly" in verdict.message
+
+
+# 5.4, with Opacus itself
+
+
+def trains(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta, *, dataset=None,
+           collate_fn=lambda batch: batch, optimizer=torch.optim.SGD, accountant="prv", epoch=opacus._epoch,
+           tell=lambda engine, loader, noise_multiplier, epochs, delta: engine.get_epsilon(delta), **settings):
+    loader = DataLoader(dataset(data) if dataset else data, batch_size=batch_size, collate_fn=collate_fn)
+    engine = PrivacyEngine(accountant=accountant)
+    model, optimizer, *criterion, loader = engine.make_private(
+        module=model, optimizer=optimizer(model.parameters(), lr=0.05), data_loader=loader, noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm, **settings)
+    for _ in range(epochs):
+        epoch(model, optimizer, loader, *criterion)
+    return tell(engine, loader, noise_multiplier, epochs, target_delta)
+
+
+def in_small_pieces(model, optimizer, loader):
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=32, optimizer=optimizer) as pieces:
+        opacus._epoch(model, optimizer, pieces)
+
+
+def with_the_criterion(model, optimizer, loader, criterion):
+    for X, y in loader:
+        optimizer.zero_grad()
+        criterion(model(X), y).backward()
+        optimizer.step()
+
+
+def with_another_criterion(model, optimizer, loader, criterion):
+    opacus._epoch(model, optimizer, loader)
+
+
+def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
+    return epsilon(**{"noise_multiplier": noise_multiplier, "sample_rate": 1 / len(loader), "steps": epochs * len(loader),
+                      "target_delta": delta, **others})
+
+
+def each_epoch_makes_private_again(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+    loader, optimizer = opacus._parts(model, data, batch_size)
+    engine = PrivacyEngine()
+    for _ in range(epochs):
+        model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
+                                                       noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+        opacus._epoch(model, optimizer, loader)
+        print(engine.get_epsilon(1e-5))
+    return engine.get_epsilon(target_delta)
+
+
+GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"accountant": "rdp"}, {"optimizer": torch.optim.Adam}, {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
+    {"epoch": in_small_pieces}, {"epoch": with_the_criterion, **GHOST}, {"poisson_sampling": True},
+    {"tell": lambda engine, loader, sigma, epochs, delta: engine.accountant.get_epsilon(delta=delta)},
+    {"tell": lambda engine, *rest: torch.tensor(engine.get_epsilon(rest[-1]))},
+    {"tell": by_hand}, {"tell": functools.partial(by_hand, accountant="rdp")},
+], ids=str)
+def test_a_training_that_is_written_in_another_way_is_right(how):
+    verdict = check("5.4", functools.partial(trains, **how))
+    assert verdict.passed is True, verdict
+
+
+def test_one_engine_may_make_the_model_private_in_each_epoch():
+    assert check("5.4", each_epoch_makes_private_again).passed is True
+
+
+def leaves_out_nan(model, optimizer, loader):
+    for X, y in loader:
+        loss = F.cross_entropy(model(X), y)
+        if not torch.isnan(loss):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def moves_the_weights_too(model, optimizer, loader):
+    for X, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+        for p in model.parameters():
+            p.data -= 0.01 * p.grad
+
+
+def first_batch_only(model, optimizer, loader):
+    opacus._epoch(model, optimizer, [next(iter(loader))])
+
+
+@pytest.mark.parametrize("how, fault", [
+    ({"poisson_sampling": False}, "not Poisson"), ({"epoch": leaves_out_nan}, "skips empty"),
+    ({"epoch": moves_the_weights_too}, "other optimizer"), ({"epoch": lambda *args: None}, "steps"), ({"epoch": first_batch_only}, "steps"),
+    ({"epoch": with_another_criterion, **GHOST}, "old criterion"), ({"accountant": "gdp"}, "no bound"),
+    ({"tell": functools.partial(by_hand, accountant="gdp")}, "no bound"), ({"tell": functools.partial(by_hand, target_delta=1e-5)}, "other delta"),
+    ({"tell": functools.partial(by_hand, sample_rate=128 / 650)}, "other number"), ({"tell": lambda *args: 1.0}, "other number"),
+    ({"tell": lambda engine, *rest: round(engine.get_epsilon(rest[-1]), 1)}, "rounded"),
+], ids=str)
+def test_a_training_whose_epsilon_is_untrue_is_told_why(how, fault):
+    verdict = check("5.4", functools.partial(trains, **how))
+    assert (verdict.passed, verdict.message) == (False, opacus._SENTENCES[fault])
+
+
+def test_a_training_that_returns_nothing_is_not_unattempted():
+    verdict = check("5.4", functools.partial(trains, tell=lambda *args: None))
+    assert verdict.passed is False and "returns nothing" in verdict.message
+
+
+def test_the_learners_random_numbers_go_on_after_a_training():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check("5.4", opacus.train_private)
+    assert torch.equal(torch.get_rng_state(), before)
