@@ -430,7 +430,7 @@ def in_words(corner):
     return ", ".join(f"{name} {('min', 'max')[end]}" for name, end in corner.items())
 
 
-def assert_sound(cell, ending=r"Finished: training accuracy \d+%, without privacy \d+%\.|Diverged at step \d+: .* Try a lower"):
+def assert_sound(cell, ending=r"Finished: training accuracy \d+%, without privacy \d+%(?: at learning rate [\d.]+)?\.|Diverged at step \d+: .* Try a lower"):
     """The last picture draws finite numbers only, with sentences that say them; the status says how the run ended."""
     drawn = " ".join(re.findall(r'(?:points|d|cx|cy|x|y|x1|x2|y1|y2|width|height)="([^"]*)"', cell.pictures[-1]))
     assert drawn and not re.search("nan|inf", drawn, re.IGNORECASE)

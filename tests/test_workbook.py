@@ -20,8 +20,11 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # In place of cells that take long.
 BEFORE = {"07_flower": """
 for name in ("alice", "bob"):
+    ledger = Ledger(f"{folder.name}/{name}.json", new=True)
     for _ in range(3):
-        Ledger(f"{folder.name}/{name}.json").charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
+        ledger.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
+viewer._request(force=True)
+viewer.wait()
 """}
 # A live picture that the cell shows: its name stands alone in the last line. One that only code moves is not shown.
 SHOWS_LIVE = r"(?s)\b(?P<name>\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\(.*\n(?P=name)$"
