@@ -12,15 +12,19 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from lab import new_notebook, new_page
 
+from dpteach import Settings, epsilon, models, two_moons
 from dpteach.flower import MISSING, installed
+from dpteach.training import train
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # In place of cells that take long.
 BEFORE = {"07_flower": """
 for name in ("alice", "bob"):
-    kept = Ledger(f"{folder.name}/{name}.json", new=True)
+    ledger = Ledger(f"{folder.name}/{name}.json", new=True)
     for _ in range(3):
-        kept.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
+        ledger.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
+viewer._request(force=True)
+viewer.wait()
 """}
 # A live picture that the cell shows: its name stands alone in the last line. One that only code moves is not shown.
 SHOWS_LIVE = r"(?s)\b(?P<name>\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\(.*\n(?P=name)$"
@@ -85,29 +89,54 @@ def test_a_drag_is_answered_by_a_new_frame(path, lab_folder, lab):
     lab.end_kernel()
 
 
-# Of each live picture: its status, and what is not as it was when it opened.
+COUNT_TRAININGS = """
+from dpteach.explorer.live import Trainer
+def begin(trainer, begin=Trainer._begin):
+    trainer.begun = getattr(trainer, "begun", 0) + 1
+    begin(trainer)
+Trainer._begin = begin
+"""
+# Of each live picture: its status, how often it trained, and what is not as it was when it opened.
 AS_IT_OPENED = """
 for live in (NAMES):
     explorer = getattr(live, "explorer", live)
     values = explorer.values
     moved = [name for name, control in explorer.controls.items() if hasattr(control, "start") and values[name] != control.start]
     moved += [name for name, menu in getattr(live, "menus", {}).items() if menu.index != 0]
-    print(explorer.status.split(":")[0], "PRV" in explorer._price_line.value, moved)
+    print(explorer.status.split(":")[0], "PRV" in explorer._price_line.value, explorer.begun, moved)
 """
 
 
-@pytest.mark.parametrize("stem", ["03_noise", "10_playground"])
+@pytest.mark.parametrize("stem", ["03_noise", "06_federated_averaging", "10_playground"])
 def test_after_run_all_each_live_training_is_the_one_that_opened(stem, lab_folder, lab):
     """The text above it says what the learner sees: no later cell moves its sliders, and no other explorer leaves it stopped."""
     cells = code(NOTEBOOKS / f"{stem}.ipynb")
     shown = {i: match["name"] for i, cell in enumerate(cells) if (match := re.search(SHOWS_LIVE, cell)) and "Viewer(" not in cell}
-    lab.open_beside(new_notebook(lab_folder, f"all_{stem}.ipynb", *cells)).run_all(timeout=300)
+    lab.open_beside(new_notebook(lab_folder, f"all_{stem}.ipynb", COUNT_TRAININGS, *cells)).run_all(timeout=300)
     for index in shown:
-        lab.look_at(index)
+        lab.look_at(1 + index)
         if lab.cell.locator("button", has_text="More:").count():
             lab.click("More:")
     lab.page.wait_for_timeout(1500)  # the page's own rounding of what it draws only now comes late
     found = lab.execute(AS_IT_OPENED.replace("NAMES", "".join(f"{name}, " for name in shown.values())))
-    assert found.splitlines() == ["Finished True []"] * len(shown)
+    assert found.splitlines() == ["Finished True 1 []"] * len(shown)
     assert lab.errors == []
     lab.end_kernel()
+
+
+def test_the_folded_answers_of_the_playground_are_its_figures():
+    """On two moons: 2,000 records, 30 epochs, batches of 256."""
+    text = " ".join((NOTEBOOKS / "10_playground.ipynb").read_text(encoding="utf8").replace('\\n",', "").replace('"', "").split())
+
+    def price(noise_multiplier=1.0, epochs=30, per_epoch=8, **more):
+        return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / per_epoch, steps=epochs * per_epoch, **more)
+
+    assert f"from {price():.2f} to {price(per_epoch=16):.2f}" in text and "falls by a third" in text
+    assert 0.6 < price(per_epoch=16) / price() < 0.7
+    assert f"far more, to {price(0.5, per_epoch=16):.2f}" in text
+    double = price(4.0, 60) / price(4.0)
+    assert f"Less: from {price(4.0):.2f} to {price(4.0, 60):.2f}, by {double:.2f}" in text
+    assert f"first say ε ≤ {price(accountant='rdp'):.2f}, and then ε = {price():.2f}" in text
+    assert f"σ = 8 with all else as it was gives more than 95 % at ε = {price(8.0):.2f}" in text
+    *_, last = train(models.mlp(), two_moons(2000), Settings(8.0, epochs=30, lr=2.0), test_data=two_moons(1000, seed=1))
+    assert last.accuracy > 0.955
