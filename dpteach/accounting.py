@@ -149,9 +149,9 @@ def noise_multiplier_for(
     target_epsilon = number("target_epsilon", target_epsilon, low=0, above=True)
     steps = whole("steps", steps, low=1, high=MAX_STEPS)
 
-    def cost(sigma: float, by: str = accountant) -> float:
+    def cost(sigma: float, accountant: str = accountant) -> float:
         return epsilon(
-            noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, target_delta=target_delta, accountant=by
+            noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, target_delta=target_delta, accountant=accountant
         )
 
     most = 10_000.0
