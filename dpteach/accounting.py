@@ -173,17 +173,20 @@ def _halved(enough: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _closed_in(cost: Callable[[float], float], target: float, high: float) -> float:
-    """As :func:`_halved`, from above and in a few questions: log ε over log σ is nearly a straight line."""
-    low, at_low, at_high, guess = 0.0, math.inf, 0.0, high
+    """As :func:`_halved`, from above and in a few questions: log ε over log σ is nearly a straight line.
+
+    Where it is not, every second question halves.
+    """
+    low, at_low, at_high, guess, halve = 0.0, math.inf, 0.0, high, False
     while low == 0 or high / low > 1.0005:
-        at = cost(guess)
+        width, at = high / low if low else math.inf, cost(guess)
         if at <= target:
             high, at_high = guess, at
         else:
             low, at_low = guess, at
         if low == 0:
             guess = high * max(0.5, 0.999 * at_high / target)
-        elif at_low == math.inf or at_high == 0:
+        elif at_low == math.inf or at_high == 0 or (halve := not halve and (high / low) ** 2 > width):
             guess = math.sqrt(high * low)
         else:
             share = math.log(at_low / target) / math.log(at_low / at_high)
