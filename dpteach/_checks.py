@@ -21,7 +21,7 @@ def number(name: str, value, *, low: float, above: bool = False, high: float = m
     elif below:
         allowed += " and finite"
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if real and (value in (math.inf, -math.inf) or abs(value) <= sys.float_info.max):  # no NaN; an int that a float can hold
+    if real and (value in (math.inf, -math.inf) or abs(value) <= sys.float_info.max):  # not NaN, nor a huge int
         number = float(value)
         if (number > low if above else number >= low) and (number < high if below else number <= high):
             return number
@@ -29,7 +29,7 @@ def number(name: str, value, *, low: float, above: bool = False, high: float = m
 
 
 def whole(name: str, value, *, low: int, high: float = math.inf) -> int:
-    """``value`` as an int, if it is a whole number from ``low`` to ``high``; else ``ValueError`` naming the argument."""
+    """``value`` as an int, if it is a whole number in the range; else ``ValueError`` naming the argument."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if real and low <= value <= high and value != math.inf and value == int(value):
         return int(value)

@@ -1,9 +1,9 @@
 """What a run costs: ε from the noise multiplier, the sampling rate and the number of steps.
 
 Nothing else enters: not the model, not the clipping norm, not the learning rate, not the data. The numbers are those
-of Opacus' accountants and of Google's ``dp-accounting``; this room gives them one name and one set of checks, and sees to it
-that each answer takes seconds at most: where a numerical accountant would take longer, or could say too little, the bound by
-RDP is the answer.
+of Opacus' accountants and of Google's ``dp-accounting``; this room gives them one name and one set of checks, and sees
+to it that each answer takes seconds at most: where a numerical accountant would take longer, or could say too little,
+the bound by RDP is the answer.
 
 The neighbouring relation is add/remove of one record, under Poisson sampling (see ``mechanism.poisson_batches``).
 """
@@ -28,12 +28,13 @@ _LONGEST_PATH = 10**6
 # The orders that Opacus searches today, and the ones of the 2020 blog post.
 _ALPHAS = {"rdp": (*(1 + x / 10 for x in range(1, 100)), *range(12, 64)), "rdp-classic": tuple(range(2, 32))}
 
-# How fine the numerical accountants are while an answer takes about a second: PRV's mesh is as Opacus', 0.01 wide in ε, up to
-# so many points; PLD's 0.0001, up to so many for one step and for all. Beyond, they are coarser: still bounds.
+# How fine the numerical accountants are while an answer takes about a second: PRV's mesh is as Opacus', for an error of
+# 0.01 in ε, up to so many points; PLD's is 0.0001 wide, up to so many for one step and for all. Beyond, they are
+# coarser: still bounds.
 _PRV_POINTS, _PLD_POINTS = 1 << 20, (100_000, 500_000)
 
-# So many different settings (σ, q) are priced one by one. More of them are first rounded, to less noise and a higher rate: what
-# comes out is a bound.
+# So many different settings (σ, q) are priced one by one. More of them are first rounded, to less noise and a higher
+# rate: what comes out is a bound.
 _SETTINGS = {"prv": 16, "pld": 16, "gdp": 10_000, "rdp": 128, "rdp-classic": 128}
 
 # ``epsilon_path`` asks the slower accountants at up to so many steps.
@@ -57,14 +58,15 @@ def epsilon(
         steps: number of steps, from 0 to 10¹⁵.
         target_delta: δ in (0, 1); keep it well below one over the number of records.
         accountant:
-            ``"prv"``: numerical. An upper bound, above the truth by at most 0.015, or 2e-5·(ε + 3)·√steps if that is more;
-            RDP's bound where that is smaller, and for δ < 1e-10, ε > 700 or more than δ·10¹⁴ steps.
+            ``"prv"``: numerical. An upper bound, above the truth by at most 0.015, or 2e-5·(ε + 3)·√steps if that is
+            more; RDP's bound where that is smaller, and for δ < 1e-10, ε > 700 or more than δ·10¹⁴ steps.
             ``"rdp"``: quick, a looser upper bound.
-            ``"pld"``: numerical, from dp-accounting. An upper bound, tightest up to some 10,000 steps; RDP's where that is
-            smaller, and for δ < 1e-8, ε > 1000 by RDP or more than 200,000 steps.
-            ``"gdp"``: Gaussian DP by the central limit theorem, μ = q·√(steps·(exp(1/σ²) − 1)), as in Opacus. **Not a bound**: for
-            q < 1 it can report far too little. For q = 1 Gaussian DP is exact, but with μ = √steps / σ, which this formula only
-            comes close to for a large σ: below that it reports too much. ``"pld"`` and ``"prv"`` give the exact case.
+            ``"pld"``: numerical, from dp-accounting. An upper bound, tightest up to some 10,000 steps; RDP's where that
+            is smaller, and for δ < 1e-8, ε > 1000 by RDP or more than 200,000 steps.
+            ``"gdp"``: Gaussian DP by the central limit theorem, μ = q·√(steps·(exp(1/σ²) − 1)), as in Opacus. **Not a
+            bound**: for q < 1 it can report far too little. For q = 1 Gaussian DP is exact, with μ = √steps / σ; this
+            formula only comes near that for a large σ, and reports too much for a small one. There ``"pld"`` and
+            ``"prv"`` give the exact value, rounded up.
             ``"rdp-classic"``: RDP with the conversion of 2017, as tools printed it until about 2020.
         alphas: the RDP orders to search, up to 500, each > 1 and <= 10,000; for the two RDP accountants only.
 
@@ -74,8 +76,8 @@ def epsilon(
     Raises:
         ValueError: if an argument is out of its range.
 
-    Source: Gopi et al. 2021 (PRV), Mironov 2017, Mironov et al. 2019 and Balle et al. 2020 (RDP), Dong et al. 2019 and Bu et al.
-    2019 (GDP), Koskela et al. 2020 (PLD).
+    Source: Gopi et al. 2021 (PRV), Mironov 2017, Mironov et al. 2019 and Balle et al. 2020 (RDP), Dong et al. 2019 and
+    Bu et al. 2019 (GDP), Koskela et al. 2020 (PLD).
 
     >>> round(epsilon(noise_multiplier=1.0, sample_rate=1 / 79, steps=790), 2)
     2.12
@@ -97,16 +99,18 @@ def epsilon_path(
 ) -> np.ndarray:
     """ε after each of ``steps`` steps: what a live plot draws.
 
-    The RDP accountants answer in milliseconds. The others are asked at each of up to 20 steps (``"prv"``), 5 (``"pld"``) or
-    1000 (``"gdp"``), evenly spread; in between stands the next one's ε, or RDP's if that is smaller: still a bound. The last is :func:`epsilon`'s.
+    The RDP accountants answer in milliseconds. The others are asked at each of up to 20 steps (``"prv"``), 5
+    (``"pld"``) or 1000 (``"gdp"``), evenly spread, the last with :func:`epsilon`'s accuracy. In between stands the next
+    one's ε, or RDP's if that is smaller: for the two bounds still a bound.
 
     Args and errors as for :func:`epsilon`; ``steps`` is at most a million.
 
     Returns:
         ``(steps,)`` float64: ε after step 1, 2, …
     """
+    steps = whole("steps", steps, low=0, high=_LONGEST_PATH)
     sigma, q, steps, delta, accountant, alphas = _checked(
-        noise_multiplier, sample_rate, whole("steps", steps, low=0, high=_LONGEST_PATH), target_delta, accountant, alphas
+        noise_multiplier, sample_rate, steps, target_delta, accountant, alphas
     )
     if sigma == 0:
         return np.full(steps, math.inf)
@@ -169,17 +173,20 @@ def _halved(enough: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _closed_in(cost: Callable[[float], float], target: float, high: float) -> float:
-    """As :func:`_halved`, from above and in a few questions: log ε over log σ is nearly a straight line, falling by 1 or more."""
-    low, at_low, at_high, guess = 0.0, math.inf, 0.0, high
+    """As :func:`_halved`, from above and in a few questions: log ε over log σ is nearly a straight line.
+
+    Where it is not, every second question halves.
+    """
+    low, at_low, at_high, guess, halve = 0.0, math.inf, 0.0, high, False
     while low == 0 or high / low > 1.0005:
-        at = cost(guess)
+        width, at = high / low if low else math.inf, cost(guess)
         if at <= target:
             high, at_high = guess, at
         else:
             low, at_low = guess, at
         if low == 0:
             guess = high * max(0.5, 0.999 * at_high / target)
-        elif at_low == math.inf or at_high == 0:
+        elif at_low == math.inf or at_high == 0 or (halve := not halve and (high / low) ** 2 > width):
             guess = math.sqrt(high * low)
         else:
             share = math.log(at_low / target) / math.log(at_low / at_high)
@@ -197,7 +204,7 @@ def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alp
     choice("accountant", accountant, ACCOUNTANTS)
     if alphas is not None:
         if accountant not in _ALPHAS:
-            raise ValueError(f"alphas must be left out with accountant {accountant!r}: only the RDP accountants use them")
+            raise ValueError(f"alphas must be left out with accountant {accountant!r}: only the RDP ones use it")
         alphas = tuple(number("alphas", alpha, low=1, above=True, high=_HIGHEST_ORDER, below=False) for alpha in alphas)
         if not 0 < len(alphas) <= _MOST_ORDERS:
             raise ValueError(f"alphas must hold 1 to {_MOST_ORDERS} orders > 1, got {len(alphas) or 'none'}")
@@ -219,7 +226,7 @@ _History = tuple[tuple[float, float, int], ...]
 
 
 def _of_history(history: _History, delta: float, accountant: str, alphas=None, share: int = 1) -> float:
-    """ε of a history. ``share``: of how many such questions this is one; the numerical accountants then take less time."""
+    """ε of a history. ``share``: of how many such questions this is one; the numerical accountants then take less."""
     history = tuple((sigma, max(q, _RAREST), steps) for sigma, q, steps in history if steps > 0)
     if not history:
         return 0.0
@@ -231,8 +238,10 @@ def _of_history(history: _History, delta: float, accountant: str, alphas=None, s
     if accountant.startswith("rdp"):
         return float(_rdp(history, np.ones(1), delta, accountant, alphas)[0])
     bound = _of_history(every, delta, "rdp")
-    # Where δ is as small as the rounding errors of a Fourier transform, and where the exponentials overflow, RDP has the word.
-    if delta < (1e-10 if accountant == "prv" else 1e-8) or sum(steps for _, _, steps in history) > delta * 1e14 or bound > 1000:
+    # Where δ is as small as the rounding errors of a Fourier transform, and where exponentials overflow, RDP has the
+    # word.
+    total = sum(steps for _, _, steps in history)
+    if delta < (1e-10 if accountant == "prv" else 1e-8) or total > delta * 1e14 or bound > 1000:
         return bound
     return min(bound, (_prv if accountant == "prv" else _pld)(history, delta, bound, share))
 
@@ -259,14 +268,14 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 def _divergences(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarray:
     """RDP of one step at each order α >= 1 (at 1: the mean of the privacy loss).
 
-    Integrated numerically; Opacus sums series, which gives the same within 1e-11, but takes seconds for some settings, and can
-    come out below zero or not at all for a large σ.
+    Integrated numerically; Opacus sums series, which gives the same within 1e-11, but takes seconds for some settings,
+    and can come out below zero or not at all for a large σ.
 
     Source: Mironov et al. 2019, Section 3.
     """
     if q == 1:
         return np.array(alphas) / (2 * sigma**2)
-    if sigma < 0.02:  # the Gaussian of the record outweighs the rest: Minkowski's inequality is an equation to 16 digits
+    if sigma < 0.02:  # the record's Gaussian outweighs the rest: Minkowski's inequality is an equation to 16 digits
         alpha = np.array(alphas)
         return alpha / (alpha - 1) * np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
     with np.errstate(all="ignore"):
@@ -274,8 +283,9 @@ def _divergences(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarra
 
 
 def _divergence(sigma: float, q: float, alpha: float) -> float:
-    # E[(1 + v)^α] over z ~ N(0, 1), with 1 + v = 1 − q + q·exp(z/σ − 1/(2σ²)). As E[v] = 0, this is 1 + E[(1 + v)^α − 1 − αv]:
-    # what is integrated is never negative, so nothing cancels. It is large near 0, 2/σ or α/σ, or where q·exp(…) passes 1 − q.
+    # E[(1 + v)^α] over z ~ N(0, 1), with 1 + v = 1 − q + q·exp(z/σ − 1/(2σ²)). As E[v] = 0, this is 1 + the mean of
+    # (1 + v)^α − 1 − αv, which is never negative: nothing cancels. It is large near 0, 2/σ or α/σ, or where q·exp(…)
+    # passes 1 − q.
     top = max(alpha, 2) / sigma + 10
     if sigma >= 1:
         edges = np.arange(-10, top + 0.75, 0.75)
@@ -289,7 +299,7 @@ def _divergence(sigma: float, q: float, alpha: float) -> float:
     z = (edges[:-1, None] + half + half * _NODES).ravel()
     t = z / sigma - 1 / (2 * sigma**2)
     v, loss = q * np.expm1(t), np.logaddexp(math.log1p(-q), math.log(q) + t)  # loss = log(1 + v)
-    # The logarithm of ((1 + v)^α − 1 − αv) / (α − 1): from its series where v is small, without overflow where it is large.
+    # The logarithm of ((1 + v)^α − 1 − αv) / (α − 1): a series where v is small, without overflow where it is large.
     if alpha == 1:
         excess = np.where(loss < 300, np.log(np.exp(loss) * loss - v), loss + np.log(loss - 1))
     else:
@@ -326,8 +336,8 @@ def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas=No
 def _prv(history: _History, delta: float, bound: float, share: int) -> float:
     from opacus.accountants.analysis import prv
 
-    # As Opacus' PRVAccountant, with three changes: the mesh has a power of two of points, and never too many; the mean loss is
-    # accurate also when it counts 10⁸ times; no warnings, as there is no safe way to silence them in a thread.
+    # As Opacus' PRVAccountant, with three changes: the mesh has a power of two of points, and never too many; the mean
+    # loss is accurate also when it counts 10⁸ times; no warnings, as there is no safe way to silence them in a thread.
     delta_error, times = delta / 1000, [steps for _, _, steps in history]
     reach = 3 + max(
         _of_history(history, delta_error / 4, "rdp"),
@@ -358,7 +368,8 @@ class _Loss:
         from opacus.accountants.analysis import prv
 
         self._mean = float(_divergences(sigma, q, (1.0,))[0])
-        self.cdf = prv.TruncatedPrivacyRandomVariable(prv.PoissonSubsampledGaussianPRV(q, sigma), domain.t_min, domain.t_max).cdf
+        step = prv.PoissonSubsampledGaussianPRV(q, sigma)
+        self.cdf = prv.TruncatedPrivacyRandomVariable(step, domain.t_min, domain.t_max).cdf
 
     def mean(self) -> float:
         return self._mean
@@ -381,7 +392,8 @@ def _pld(history: _History, delta: float, bound: float, share: int) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    # How far the losses of one step, and of all, can spread. (dp-accounting bounds the latter at orders of 1 / ``one`` and more.)
+    # How far the losses of one step, and of all, can spread; dp-accounting bounds the latter at orders of 1 / ``one``
+    # and more.
     ones = [_loss_at(sigma, q, 10) - _loss_at(sigma, q, -10) for sigma, q, _ in history]
     if min(ones) == 0:
         return bound
@@ -389,7 +401,7 @@ def _pld(history: _History, delta: float, bound: float, share: int) -> float:
         2 * one + 2 * steps * _divergences(sigma, q, (1.0,))[0] / one for (sigma, q, steps), one in zip(history, ones)
     )
     width = max(1e-4, share * len(history) * max(ones) / _PLD_POINTS[0], share * spread / _PLD_POINTS[1])
-    # Its exponentials overflow; its grid can't resolve a step; it computes (points of one step) ** steps as an exact integer.
+    # Its exponentials overflow; its grid can't resolve a step; it computes (points of one step) ** steps as an int.
     if max(ones) > 600 or min(ones) < 20 * width or max(steps for _, _, steps in history) > 200_000:
         return bound
     accountant = PLDAccountant(value_discretization_interval=width)

@@ -1,7 +1,8 @@
 """What training on one set of records has cost so far: an account that is written before each training.
 
-A ledger in a file outlasts the process. It is always whole: each charge writes a new file beside it, forces it to the disk and
-puts it in the old one's place. Whatever can't be read, or is not what it was, is an error and never an empty account.
+A ledger in a file outlasts the process. It is always whole: each charge writes a new file beside it, forces it to the
+disk and puts it in the old one's place. Whatever can't be read, or is not what it was, is an error and never an empty
+account.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ class Charge:
 
 class _Account(NamedTuple):
     id: str = ""
-    rows: tuple[tuple[float, float, int, int], ...] = ()  # σ, q, steps, and how many such charges came one after the other
+    rows: tuple[tuple[float, float, int, int], ...] = ()  # σ, q, steps, and how many such charges came in a row
     count: int = 0
     steps: int = 0
     data: bytes = b""  # the file that says so
@@ -75,9 +76,10 @@ class Ledger:
     A ledger belongs to one set of records. Two sets without a common record have two ledgers, and their ε are never
     added (parallel composition).
 
-    The file is found once, when the ledger is opened: links are followed then, and a later ``chdir`` changes nothing. From
-    then on this object refuses to go on if the file is gone, is another ledger, or has lost a charge that it has seen. What
-    no program can see is a file that was replaced by an older copy while none was running: back up, but restore with care.
+    The file is found once, when the ledger is opened: links are followed then, and a later ``chdir`` changes nothing.
+    From then on this object refuses to go on if the file is gone, is another ledger, or has lost a charge that it has
+    seen. What no program can see is a file that was replaced by an older copy while none was running: back up, but
+    restore with care.
 
     Args:
         path: a ledger's file. None keeps the ledger in memory.
@@ -91,9 +93,9 @@ class Ledger:
         steps: how many steps they are, in all.
 
     Raises:
-        ValueError: if there is no such file (with ``new``: if there is one, or no folder), or if it has several hard links;
-            if it is damaged, of another version, or not a ledger. It is left as it is: an account that can't be read must not
-            start again at zero.
+        ValueError: if there is no such file (with ``new``: if there is one, or no folder), or it has several hard links,
+            as a charge would part them; if it is damaged, of another version, or not a ledger. It is left as it is: an
+            account that can't be read must not start again at zero.
 
     >>> ledger = Ledger()
     >>> for _ in range(5):  # the two-worker blog post of 2020: five rounds of 235 steps
@@ -114,8 +116,8 @@ class Ledger:
             self.path = Path(path).resolve(strict=True)
         except (OSError, RuntimeError):  # nothing there, or links in a circle
             raise ValueError(
-                f"path must be a ledger that exists, got {os.fspath(path)!r}. If these records have one, restore it: what they have "
-                "cost stands in it. If nothing was ever trained on them, make one: Ledger(path, new=True)"
+                f"path must be a ledger that exists, got {os.fspath(path)!r}. If these records have one, restore it: "
+                "what they have cost stands in it. If nothing was ever trained on them, make one: Ledger(path, new=True)"
             ) from None
         self._account()  # a damaged file is an error now, not after the first training
 
@@ -146,21 +148,23 @@ class Ledger:
             steps: number of steps, >= 0; all charges together at most 10¹⁵.
 
         Returns:
-            The charge's serial number: how many charges the ledger had before. No two charges get the same one, also if two
-            processes charge at the same time.
+            The charge's serial number: how many charges the ledger had before. No two charges get the same one, also if
+            two processes charge at the same time.
 
         Raises:
-            ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then nothing is
-                written: don't train.
+            ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then nothing
+                is written: don't train.
             OSError: if the file can't be written. Don't train.
         """
         sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
         with self._locked():  # read, add and write as one
             account = self._account(write=True)
             if account.steps + steps > MAX_STEPS:
-                raise ValueError(f"steps must be <= {MAX_STEPS - account.steps:,} in a ledger that has {account.steps:,}, got {steps!r}")
+                left = MAX_STEPS - account.steps
+                raise ValueError(f"steps must be <= {left:,} in a ledger that has {account.steps:,}, got {steps!r}")
             if self.path is not None and not account.id:  # in a file of the first edition
-                account = account._replace(id=secrets.token_hex(16), data=_sealed(_HEAD + b",\n".join(map(_line, account.rows)), ""))
+                lines = b",\n".join(map(_line, account.rows))
+                account = account._replace(id=secrets.token_hex(16), data=_sealed(_HEAD + lines, ""))
             charged = account.charged(sigma, q, steps)
             if self.path is not None:
                 self._write(charged.data, self.path.stat())
@@ -170,9 +174,9 @@ class Ledger:
     def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
         """ε of everything that was charged, at ``target_delta``.
 
-        Args and errors as for :func:`dpteach.accounting.epsilon`. Charges with different σ or q are composed as they are. Only if
-        there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is first rounded to a
-        little less noise and a little higher rate: ε is then a bound that is less tight.
+        Args and errors as for :func:`dpteach.accounting.epsilon`. Charges with different σ or q are composed as they
+        are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is first
+        rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
         """
         *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
         stretches: dict[tuple[float, float], int] = {}
@@ -181,11 +185,12 @@ class Ledger:
         return _of_history(tuple((*key, steps) for key, steps in stretches.items()), delta, accountant)
 
     def __repr__(self) -> str:
-        return f"Ledger({'in memory' if self.path is None else str(self.path)!r}, {self.count} charges, {self.steps} steps)"
+        where = "in memory" if self.path is None else repr(str(self.path))
+        return f"Ledger({where}, {self.count} charges, {self.steps} steps)"
 
     def _make(self, path: Path) -> None:
         if os.path.lexists(path):
-            raise ValueError(f"path must be a file that does not exist yet with new=True, got {str(path)!r}: leave out new to open it")
+            raise ValueError(f"path must be a new file with new=True, got {str(path)!r}: leave out new to open it")
         if not path.parent.is_dir():
             raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
         self.path = path.parent.resolve() / path.name
@@ -193,7 +198,7 @@ class Ledger:
         account = _Account(name, data=_sealed(_HEAD, name))
         with self._locked(new=True):
             if os.path.lexists(self.path):  # another process was quicker
-                raise ValueError(f"path must be a file that does not exist yet with new=True, got {str(path)!r}")
+                raise ValueError(f"path must be a new file with new=True, got {str(path)!r}")
             self._write(account.data)
         self._seen = account
 
@@ -248,8 +253,8 @@ class Ledger:
                     raise self._damaged("it is not a file")
                 if found.st_nlink > 1:
                     raise ValueError(
-                        f"{self.path} must have one name, got {found.st_nlink} hard links: the next charge would make two ledgers of "
-                        "them. Remove the other names"
+                        f"{self.path} must have one name, got {found.st_nlink} hard links: the next charge would make "
+                        "two ledgers of them. Remove the other names"
                     )
                 return file.read()
         except FileNotFoundError:
@@ -323,7 +328,8 @@ def _account_of(cells: list, name: str, data: bytes) -> _Account:
     if not cells:
         return _Account(name, data=data)
     sigmas, rates, steps, times = (cells[column::4] for column in range(4))
-    if len(cells) % 4 or [set(map(type, column)) for column in (sigmas, rates, steps, times)] != [{float}, {float}, {int}, {int}]:
+    types = [set(map(type, column)) for column in (sigmas, rates, steps, times)]
+    if len(cells) % 4 or types != [{float}, {float}, {int}, {int}]:
         raise ValueError("its charges are not two floats and two ints each")
     total = sum(map(operator.mul, steps, times))
     for sigma in (max(sigmas), min((sigma for sigma in sigmas if sigma), default=0.0)):

@@ -126,11 +126,11 @@ def test_no_bound_is_below_the_truth_and_each_margin_is_what_is_promised():
         sigma, q = 10 ** chance.uniform(-0.3, 1), 10 ** chance.uniform(-3, 0)
         run = sigma, q, int(10 ** chance.uniform(0, 3)), 10 ** chance.uniform(-7, -2)
         rdp = eps(*run, "rdp")
-        if not 0.05 < rdp < 30:
+        if not 0.05 < rdp < 15:
             continue
         prv, truth = eps(*run), max(0, below_the_truth(*run))
         assert truth <= prv <= rdp <= eps(*run, "rdp-classic"), run
-        if compared % 3 == 0:  # PLD takes longer
+        if compared % 5 == 0:  # PLD takes longer
             pld = eps(*run, "pld")
             assert truth <= pld <= rdp and prv - pld <= max(0.015, 2e-5 * (pld + 3) * math.sqrt(run[2])), run
         compared += 1
@@ -140,7 +140,8 @@ def test_no_bound_is_below_the_truth_and_each_margin_is_what_is_promised():
 def test_no_bound_is_below_the_gaussian_mechanism_s_however_many_steps(accountant):
     chance = random.Random(1)
     for _ in range(12):
-        mu, steps, delta = 10 ** chance.uniform(-0.5, 1), int(10 ** chance.uniform(0, 10)), 10 ** chance.uniform(-9.9, -2)
+        mu, steps = 10 ** chance.uniform(-0.5, 1), int(10 ** chance.uniform(0, 10))
+        delta = 10 ** chance.uniform(-9.9, -2)
         exact = gaussian_eps(mu, delta)
         assert exact <= eps(math.sqrt(steps) / mu, 1.0, steps, delta, accountant) * (1 + 1e-9), (mu, steps, delta)
 
@@ -149,11 +150,13 @@ def test_no_bound_is_below_the_gaussian_mechanism_s_however_many_steps(accountan
 def test_no_bound_is_below_the_truth_in_mixed_histories(accountant):
     chance = random.Random(2)
     for _ in range(6):
-        parts = [(chance.uniform(1, 3), chance.uniform(0.005, 0.05), chance.randint(1, 300)) for _ in range(chance.randint(2, 4))]
+        many = range(chance.randint(2, 4))
+        parts = [(chance.uniform(1, 3), chance.uniform(0.005, 0.05), chance.randint(1, 300)) for _ in many]
         below = None
         for sigma, q, steps in parts:
             one = privacy_loss_distribution.from_gaussian_mechanism(
-                sigma, sampling_prob=q, pessimistic_estimate=False, use_connect_dots=False, value_discretization_interval=2e-4)
+                sigma, sampling_prob=q, pessimistic_estimate=False, use_connect_dots=False,
+                value_discretization_interval=2e-4)
             below = one.self_compose(steps) if below is None else below.compose(one.self_compose(steps))
         told = accounting._of_history(tuple(parts), 1e-5, accountant)
         assert below.get_epsilon_for_delta(1e-5) <= told
@@ -191,12 +194,15 @@ def test_prv_stays_just_above_the_truth_at_large_epsilon_and_over_many_steps(mu,
 def test_prv_never_falls_below_the_truth_where_its_exponentials_overflow(mu):
     exact = gaussian_eps(mu, 1e-5)  # 707 … 5,426; Opacus' own PRV says 711.6 for the last
     assert exact <= eps(1 / mu, 1.0, 1) <= eps(1 / mu, 1.0, 1, accountant="rdp")
+    assert exact <= eps(1 / mu, 1.0, 1, accountant="pld") <= eps(1 / mu, 1.0, 1, accountant="rdp")
 
 
 @pytest.mark.parametrize("delta", [1e-11, 1e-13])
 def test_where_rounding_is_as_large_as_delta_prv_answers_with_the_bound_of_rdp(delta):
-    # PLD rounds too: at 1e-13 dp-accounting's is above this bound on one machine (5.35 against 4.66) and below it on another.
-    assert eps(1.0, 0.01, 1000, delta) == eps(1.0, 0.01, 1000, delta, "rdp") == eps(1.0, 0.01, 1000, delta, "pld")
+    # PLD rounds too: dp-accounting's at 1e-13 is above this bound on one machine (5.35 against 4.66), below it elsewhere.
+    for steps in (10, 1000):
+        bound = eps(1.0, 0.01, steps, delta, "rdp")
+        assert eps(1.0, 0.01, steps, delta) == bound == eps(1.0, 0.01, steps, delta, "pld")
     assert pld_of_dp_accounting(1.0, 0.01, 1000, 1e-10) < eps(1.0, 0.01, 1000, delta)
 
 
@@ -210,9 +216,10 @@ def test_prv_stays_finite_quick_and_below_rdp_at_large_epsilon(sigma, q, steps):
 
 
 SLOW = [  # each took minutes, or more memory than there is, or raised
-    (0.3, 1.0, 10**6, 1e-5), (0.3, 1.0, 10**5, 1e-5), (0.3, 0.5, 10**8, 1e-5), (0.05, 0.5, 100, 1e-5), (100.0, 1e-9, 10**12, 1e-5),
-    (3551.0, 3e-7, 28 * 10**6, 5e-5), (0.6, 0.999999999, 2 * 10**6, 1 - 1e-16), (1e6, 0.5, 10**15, 1e-5), (1e8, 0.01, 1, 1e-5),
-    (1e-100, 0.3, 1, 1e-5), (1e100, 5e-324, 10**15, 5e-324), (0.2, 1e-6, 10**6, 1e-5), (0.012, 3e-4, 1, 6e-7), (1.0, 0.5, 1, 0.9),
+    (0.3, 1.0, 10**6, 1e-5), (0.3, 1.0, 10**5, 1e-5), (0.3, 0.5, 10**8, 1e-5), (0.05, 0.5, 100, 1e-5),
+    (100.0, 1e-9, 10**12, 1e-5), (3551.0, 3e-7, 28 * 10**6, 5e-5), (0.6, 0.999999999, 2 * 10**6, 1 - 1e-16),
+    (1e6, 0.5, 10**15, 1e-5), (1e8, 0.01, 1, 1e-5), (1e-100, 0.3, 1, 1e-5), (1e100, 5e-324, 10**15, 5e-324),
+    (0.2, 1e-6, 10**6, 1e-5), (0.012, 3e-4, 1, 6e-7), (1.0, 0.5, 1, 0.9), (7e4, 1e-12, 10**5, 1e-6),
 ]
 
 
@@ -266,7 +273,8 @@ def test_without_sampling_gdp_reports_too_much_and_the_numerical_ones_the_exact_
     exact = gaussian_eps(1.0, 1e-5)
     assert round(exact, 2) == 4.38 and round(eps(1.0, 1.0, 1, accountant="gdp"), 2) == 6.01
     assert eps(1.0, 1.0, 1, accountant="pld") == pytest.approx(exact, abs=1e-3)
-    assert eps(50.0, 1.0, 2500, accountant="gdp") == pytest.approx(exact, rel=1e-3)  # much noise: exp(1/σ²) − 1 is nearly 1/σ²
+    # Much noise: exp(1/σ²) − 1 is nearly 1/σ².
+    assert eps(50.0, 1.0, 2500, accountant="gdp") == pytest.approx(exact, rel=1e-3)
 
 
 # --- numbers that others have printed -------------------------------------------------------------------------------
@@ -420,7 +428,7 @@ def test_a_path_is_at_most_a_million_steps_long(refuses):
 
 
 def test_a_number_too_long_to_print_is_refused_in_one_short_sentence():
-    with pytest.raises(ValueError, match="steps must be a whole number >= 0 and <= 1,000,000,000,000,000, got an int of thousands"):
+    with pytest.raises(ValueError, match="steps must be a whole number >= 0 and <= [0,1]*, got an int of thousands"):
         epsilon(**{**GOOD, "steps": 10**5000})
 
 
