@@ -126,20 +126,25 @@ def keys(lab, words: str, *names: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_an_arrow_key_moves_a_twentieth_of_a_decade(lab):
-    around = ["ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown", "ArrowLeft", "PageUp", "PageDown", "End", "ArrowRight", "ArrowLeft"]
-    assert keys(lab, "noise multiplier", *around) == ["1.12", "1.26", "1.12", "1.00", "0.891", "1.58", "0.891", "10.0", "10.0", "8.91"]
+    around = {"ArrowRight": "1.12", "ArrowUp": "1.26", "ArrowLeft": "1.12", "ArrowDown": "1.00", "PageUp": "1.78",
+              "PageDown": "1.00", "End": "10.0"}
+    assert keys(lab, "noise multiplier", *around) == list(around.values())
+    assert keys(lab, "noise multiplier", "ArrowRight", "ArrowLeft") == ["10.0", "8.91"]
     assert lab.page.evaluate(FOCUSED)["name"] == "noise multiplier σ"
     lab.click("More:")
     lab.slider("batch size").wait_for()
-    assert keys(lab, "batch size", "Home", "ArrowRight", "ArrowRight", "PageUp", "ArrowLeft") == ["1", "2", "3", "6", "5"]
+    around = ["Home", "ArrowRight", "ArrowRight", "PageUp", "ArrowLeft"]
+    assert keys(lab, "batch size", *around) == ["1", "2", "3", "6", "5"]
     assert keys(lab, "epochs", "Home", "ArrowRight") == ["1", "2"]
     lab.execute("live.wait()")
-    assert lab.execute("print(live.settings.noise_multiplier, live.settings.batch_size, live.settings.epochs)") == "8.91 5 2"
+    run = lab.execute("print(live.settings.noise_multiplier, live.settings.batch_size, live.settings.epochs)")
+    assert run == "8.91 5 2"
 
 
 @pytest.mark.parametrize("kind", ["Viewer"], indirect=True)
 def test_an_arrow_key_moves_a_probability_by_a_hundredth(lab):
-    assert keys(lab, "prior", "ArrowRight", "ArrowRight", "ArrowLeft", "PageDown", "End") == ["0.51", "0.52", "0.51", "0.46", "0.99"]
+    around = ["ArrowRight", "ArrowRight", "ArrowLeft", "PageDown", "End"]
+    assert keys(lab, "prior", *around) == ["0.51", "0.52", "0.51", "0.46", "0.99"]
 
 
 @pytest.mark.parametrize("kind", ["Explorer", "FederatedExplorer", "Playground"], indirect=True)

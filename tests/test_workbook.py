@@ -59,7 +59,7 @@ def code(path: Path) -> list[str]:
     return [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
-LIVE = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if any(re.search(SHOWS_LIVE, source) for source in code(path))]
+LIVE = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if any(re.search(SHOWS_LIVE, cell) for cell in code(path))]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ AS_IT_OPENED = """
 for live in (NAMES):
     explorer = getattr(live, "explorer", live)
     values = explorer.values
-    moved = [name for name, control in explorer.controls.items() if hasattr(control, "start") and values[name] != control.start]
+    moved = [name for name, control in explorer.controls.items() if values[name] != getattr(control, "start", values[name])]
     moved += [name for name, menu in getattr(live, "menus", {}).items() if menu.index != 0]
     print(explorer.status.split(":")[0], "PRV" in explorer._price_line.value, explorer.begun, moved)
 """
@@ -109,9 +109,10 @@ for live in (NAMES):
 
 @pytest.mark.parametrize("stem", ["03_noise", "06_federated_averaging", "10_playground"])
 def test_after_run_all_each_live_training_is_the_one_that_opened(stem, lab_folder, lab):
-    """The text above it says what the learner sees: no later cell moves its sliders, and no other explorer leaves it stopped."""
+    """The text above it says what the learner sees: no later cell moves its sliders, no other explorer leaves it stopped."""
     cells = code(NOTEBOOKS / f"{stem}.ipynb")
-    shown = {i: match["name"] for i, cell in enumerate(cells) if (match := re.search(SHOWS_LIVE, cell)) and "Viewer(" not in cell}
+    found = {i: re.search(SHOWS_LIVE, cell) for i, cell in enumerate(cells) if "Viewer(" not in cell}
+    shown = {i: match["name"] for i, match in found.items() if match}
     lab.open_beside(new_notebook(lab_folder, f"all_{stem}.ipynb", COUNT_TRAININGS, *cells)).run_all(timeout=300)
     for index in shown:
         lab.look_at(1 + index)
@@ -126,7 +127,8 @@ def test_after_run_all_each_live_training_is_the_one_that_opened(stem, lab_folde
 
 def test_the_folded_answers_of_the_playground_are_its_figures():
     """On two moons: 2,000 records, 30 epochs, batches of 256."""
-    text = " ".join((NOTEBOOKS / "10_playground.ipynb").read_text(encoding="utf8").replace('\\n",', "").replace('"', "").split())
+    cells = nbformat.read(NOTEBOOKS / "10_playground.ipynb", as_version=4).cells
+    text = " ".join(" ".join(cell.source for cell in cells).split())
 
     def price(noise_multiplier=1.0, epochs=30, per_epoch=8, **more):
         return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / per_epoch, steps=epochs * per_epoch, **more)

@@ -130,8 +130,10 @@ class FederatedExplorer(Trainer):
             return self.status
         if not run.made:
             return "No round has been trained yet."
-        told = "; ".join(f"{w.name} ({len(w.data):,} records, σ = {figure(w.settings.noise_multiplier)}): {self._cost(run, w)}"
-                         for w in run.workers)
+        told = "; ".join(
+            f"{w.name} ({len(w.data):,} records, σ = {figure(w.settings.noise_multiplier)}): {self._cost(run, w)}"
+            for w in run.workers
+        )
         return f"{len(run.made)} rounds. {told}. Test accuracy of the average {run.made[-1].accuracy:.0%}. {run.ended}".strip()
 
     def _so_far(self) -> str:

@@ -29,11 +29,11 @@ _GONE = "The kernel was restarted or has ended. Run this cell again, and the cel
 
 _FOCUS = ", ".join(f".dpteach {part}:focus-visible" for part in (".noUi-handle", ".widget-readout", "button", "select"))
 # ipywidgets cuts a long label, shows no focus on a slider's handle, gives it no name, reads out the logarithm of a
-# logarithmic slider's value, and says "null" where the mouse rests on a label. It also replaces the inside of a text at each
-# change, and a screen reader wants to know the place before the words come: so the place is marked, not the words. A slider
-# without stops has no step for an arrow key either: a key types the next number. The script does nothing else; where a page
-# refuses it, a key moves a tenth of the slider. When the kernel is gone, ipywidgets marks every control as broken: one sentence
-# is left instead.
+# logarithmic slider's value, and says "null" where the mouse rests on a label. It also replaces the inside of a text at
+# each change, and a screen reader wants to know the place before the words come: so the place is marked, not the words.
+# A slider without stops has no step for an arrow key either: a key types the next number. The script does nothing else;
+# where a page refuses it, a key moves a tenth of the slider. When the kernel is gone, ipywidgets marks every control as
+# broken: one sentence is left instead.
 _FOR_EVERYBODY = f"""
 <style>
 {_FOCUS} {{outline: 2px solid currentColor !important; outline-offset: 2px}}
@@ -78,7 +78,8 @@ _FOR_EVERYBODY = f"""
     const number = slider.querySelector('.widget-readout'), now = parseFloat(number.textContent);
     const by = /dpteach-by-([^ ]+)/.exec(slider.className)[1];
     let next = by === 'log' ? 10 ** (Math.round(20 * Math.log10(now) + way) / 20) : Math.round(now / by + way) * by;
-    if (!/[.e]/.test(number.textContent)) next = way < 0 ? Math.min(now - 1, Math.round(next)) : Math.max(now + 1, Math.round(next));
+    const whole = Math.round(next);
+    if (!/[.e]/.test(number.textContent)) next = way < 0 ? Math.min(now - 1, whole) : Math.max(now + 1, whole);
     number.textContent = by === 'log' ? next.toPrecision({_DRAGGED}) : next.toPrecision(6);
     number.dispatchEvent(new KeyboardEvent('keydown', {{key: 'Enter', keyCode: 13, bubbles: true}}));
   }};
@@ -190,7 +191,7 @@ class Live:
     def _request(self, force: bool = False) -> None:
         with self._changed:
             values = self.values
-            # A page answers a value with its own rounding of it, at any time, also when another explorer is at work by then.
+            # A page answers a value with its own rounding of it, at any time, also while another explorer is at work.
             if values == self._asked and not force:
                 return
             self._asked = values
@@ -272,7 +273,7 @@ class Live:
 
 
 class Pace:
-    """How long a run takes, by the speed of its first half second. Its very first step is left out: it may load things."""
+    """How long a run takes, by the speed of its first half second, without its very first step: that may load things."""
 
     def __init__(self):
         self._first: tuple[float, int] | None = None  # when, and after how many steps
@@ -429,7 +430,7 @@ def diverged(model: nn.Module, data: Data) -> bool:
 
 
 def new_model(make_model: Callable[[], nn.Module], seed: int | None) -> nn.Module:
-    """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``dpteach.models`` does not).
+    """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``models`` does not).
     With ``seed`` None, a run that nobody is to repeat, it draws from that generator as it stands."""
     if seed is None:
         return make_model()
@@ -500,7 +501,7 @@ def control_style() -> dict[str, Any]:
 
 
 def slider_for(name: str, value: float, limits: Range, said: str = "") -> widgets.Widget:
-    """A slider that starts at exactly ``value``. It has no stops: a page would move a typed or set value to the nearest one."""
+    """A slider that starts at exactly ``value``. It has no stops: a page moves a typed or set value to the nearest one."""
     said = said or words(name)
     limits = dataclasses.replace(limits, low=min(limits.low, value), high=max(limits.high, value))
     low, high = limits.low, limits.high
@@ -527,15 +528,16 @@ def _decimals(limits: Range) -> int:
 
 
 def read(control: widgets.Widget) -> Any:
-    """A control's value as its readout shows it: a start value or one of up to six digits as it is, a dragged one rounded."""
+    """A control's value as its readout shows it: the start value, or up to six digits, as it is; a dragged one rounded."""
     value = control.value
     if not hasattr(control, "limits"):  # a menu
         return value
     limits = control.limits
     if limits.whole:
         return int(round(min(max(value, limits.low), limits.high)))
+    near_zero = 0.0 if limits.log else _CLOSE * (limits.high - limits.low)
     for exact in (control.start, float(f"{value:.6g}") if limits.log else round(value, 6)):
-        if math.isclose(value, exact, rel_tol=_CLOSE, abs_tol=0.0 if limits.log else _CLOSE * (limits.high - limits.low)):
+        if math.isclose(value, exact, rel_tol=_CLOSE, abs_tol=near_zero):
             return exact
     value = float(f"{value:.{_DRAGGED}g}") if limits.log else round(value, _decimals(limits))
     return min(max(value, limits.low), limits.high)

@@ -19,7 +19,7 @@ from dpteach.training import OPTIMIZERS, Settings
 
 @dataclass(frozen=True)
 class Scene:
-    """Something to train on: the arguments of an :class:`Explorer`. ``baseline_lr``: one that is good without privacy."""
+    """Something to train on: the arguments of an :class:`Explorer`. ``baseline_lr``: a good one without privacy."""
 
     data: Data
     make_model: Callable[[], nn.Module]
@@ -85,7 +85,8 @@ class Playground:
         scene = self._scenes[self.menus["scene"].value]
         if self._scene is None:
             return scene.settings
-        moved = {name: value for name, value in self.explorer.values.items() if value != getattr(self._scene.settings, name)}
+        start = self._scene.settings
+        moved = {name: value for name, value in self.explorer.values.items() if value != getattr(start, name)}
         if "batch_size" in moved:
             moved["batch_size"] = min(moved["batch_size"], len(scene.data))
         return dataclasses.replace(scene.settings, **moved)
@@ -94,8 +95,8 @@ class Playground:
         scene, settings = self._scenes[self.menus["scene"].value], self._kept_settings()
         self._scene = scene
         self.explorer = Explorer(
-            scene.data, scene.make_model, settings, method=self.menus["method"].value, optimizer=self.menus["optimizer"].value,
-            test_data=scene.test_data, baseline_lr=scene.baseline_lr or scene.settings.lr,
+            scene.data, scene.make_model, settings, test_data=scene.test_data, method=self.menus["method"].value,
+            optimizer=self.menus["optimizer"].value, baseline_lr=scene.baseline_lr or scene.settings.lr,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
         before, self._place.children = self._place.children, [self.explorer._box]
@@ -107,7 +108,7 @@ class Playground:
         self.explorer.wait(timeout)
 
     def pin(self) -> None:
-        """Keep the run that has just finished; where there is nothing to keep, a sentence beside the button says why."""
+        """Keep the run that has just finished; where there is none, a sentence beside the button says why."""
         self._note.value = self._try_to_pin()
         self._draw()
 
@@ -118,8 +119,8 @@ class Playground:
             return "Nothing to pin yet: wait until the run has finished."
         if not run.complete or run.exact is None or accuracy is None or without is None:
             return "Nothing to pin: this run did not finish. Press Start to train again."
-        pin = Pin(self.menus["scene"].value, self.menus["method"].value, self.menus["optimizer"].value, run.settings, run.exact,
-                  accuracy, without)
+        scene, method, optimizer = (menu.value for menu in self.menus.values())
+        pin = Pin(scene, method, optimizer, run.settings, run.exact, accuracy, without)
         if pin in self.pinned:
             return f"This run is pinned already: it is run {self.pinned.index(pin) + 1}."
         self.pinned.append(pin)
@@ -132,7 +133,8 @@ class Playground:
 
     def _draw(self) -> None:
         rows = "".join(
-            f"<tr><td>{i}</td><td>{escape(p.scene)}</td><td>{p.method}, {p.optimizer}</td><td>{figure(p.settings.noise_multiplier)}</td>"
+            f"<tr><td>{i}</td><td>{escape(p.scene)}</td><td>{p.method}, {p.optimizer}</td>"
+            f"<td>{figure(p.settings.noise_multiplier)}</td>"
             f"<td>{figure(p.settings.max_grad_norm)}</td><td>{p.settings.epochs}</td><td>{figure(p.settings.lr)}</td>"
             f"<td>{p.settings.batch_size}</td><td>{p.epsilon:.2f}</td><td>{p.accuracy:.1%}</td>"
             f"<td>{p.accuracy_without_privacy:.1%}</td></tr>"

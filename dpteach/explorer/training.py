@@ -81,9 +81,9 @@ class Explorer(Trainer):
         settings: where the sliders start, and the settings that have none.
         method, optimizer: as for :func:`dpteach.training.train`.
         sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
-        baseline: also train without privacy, for comparison; once for all values of σ, C and the learning rate's slider.
-        baseline_lr: that run's learning rate, with plain SGD; by default the same as in ``settings``, with ``optimizer``. A
-            baseline at a learning rate that suits the private run only would teach that privacy helps.
+        baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
+        baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
+            Beside a baseline whose learning rate suits the private run only, privacy seems to help.
         test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
 
@@ -115,8 +115,9 @@ class Explorer(Trainer):
         self._data, self._make_model, self._start_settings = data, make_model, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._baseline = baseline and method != "sgd"
-        self._baseline_lr = settings.lr if baseline_lr is None else number("baseline_lr", baseline_lr, low=0, above=True)
-        self._baseline_optimizer = optimizer if baseline_lr is None else "sgd"
+        own = baseline_lr is not None
+        self._baseline_lr = number("baseline_lr", baseline_lr, low=0, above=True) if own else settings.lr
+        self._baseline_optimizer = "sgd" if own else optimizer
         self._baselines: dict[tuple, Run] = {}
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
@@ -250,7 +251,8 @@ class Explorer(Trainer):
                 if generation != self._generation:
                     return
                 if now >= next_frame:
-                    if not self._show(generation, picture=svg(self._panels_of(run)), status=self._progress(step, left), progress=True):
+                    picture, status = svg(self._panels_of(run)), self._progress(step, left)
+                    if not self._show(generation, picture=picture, status=status, progress=True):
                         return
                     next_frame = time.perf_counter() + _FRAME
                 if priced is None and now - began > _PATIENCE and self._method != "sgd":
@@ -341,7 +343,7 @@ class Explorer(Trainer):
         total = run.steps[-1].steps if run.steps else 1
         items = [curve_line(run.epsilons, "budget", "spent (RDP bound)")]
         top = run.price
-        if math.isfinite(top):  # by the accountant of the curve: a tighter one's line would be crossed, as if the run overspent
+        if math.isfinite(top):  # by the curve's accountant: it would cross a tighter one's line, as if the run overspent
             items.append(Mark("budget", "whole run (RDP)", y=top))
         so_far = f"{run.steps[-1].epsilon:.2f}" if run.steps else "0"
         alt = f"ε by step: at most {so_far} after step {run.steps[-1].step if run.steps else 0} of {total}."
