@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -595,3 +596,132 @@ def test_an_interrupted_opacus_run_leaves_no_record_on_the_layers():
     assert any(vars(layer).get("activations") for layer in model.modules())
     steps.close()
     assert not any({"activations", "max_batch_len"} & vars(layer).keys() for layer in model.modules())
+
+
+def test_an_empty_batch_does_not_end_an_opacus_run_of_a_model_that_cannot_run_on_nothing():
+    """An end would tell that the batch was empty, and ε pays for a step that always takes place."""
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            if len(x) == 0:
+                raise RuntimeError("nothing to look at")
+            return self.inner(x)
+
+    model, empty = Positions(), 0
+    before = parameters_to_vector(model.parameters()).detach().clone()
+    for step in train(model, MOONS.take(4), Settings(epochs=10, batch_size=1), method="opacus"):
+        now = parameters_to_vector(model.parameters()).detach().clone()
+        assert not torch.equal(now, before)
+        empty, before = empty + math.isnan(step.loss), now
+    assert step.step == 40 and empty > 0
+
+
+class FailsLater(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.ones(2)), 0
+        self.register_buffer("kept", torch.zeros(2))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 3:
+            self.kept = self.kept + 1
+            raise RuntimeError("out of memory, say")
+        return x * self.weight
+
+
+def test_a_step_that_fails_leaves_the_buffers_as_they_were():
+    model = nn.Sequential(FailsLater(), nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model)
+    assert model[0].kept.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "dict", "first pass", "float", "array", "object", "new parameter", "buffer"])
+def test_a_refused_model_holds_nothing_of_the_records(how):
+    model = nn.Sequential(Keeps(how), nn.Linear(2, 2))
+    before = dict(guards._leaves(model))
+    with pytest.raises(ValueError, match="its forward pass changes"):
+        train(model, MOONS, SETTINGS)
+    assert dict(guards._leaves(model)) == before
+
+
+def test_a_layer_at_the_address_of_an_old_one_is_another_layer():
+    model = nn.Sequential(Scaling(), Scaling(), nn.Linear(2, 2))
+    per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
+    for _ in range(200):  # now and then the new layer gets the old one's address
+        del model[1]
+        model.insert(1, Center())
+        with pytest.raises(ValueError, match="depends on the others"):
+            per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
+        del model[1]
+        model.insert(1, Scaling())
+        per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
+
+
+class Scaling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_parameter_that_its_own_forward_pass_rescales_later_stops_the_run():
+    """As F.embedding with max_norm does, once a row has grown: no probe at the start sees it."""
+    class Rescaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.weight = 0, nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 3:
+                with torch.no_grad():
+                    self.weight.mul_(0.5)
+            return x * self.weight
+
+    with pytest.raises(ValueError, match="a training step changed '0.weight' in its forward pass"):
+        run(nn.Sequential(Rescaled(), nn.Linear(2, 2)), "opacus", settings=replace(SETTINGS, epochs=5))
+
+
+def test_huge_weights_average_as_their_proportions():
+    a, b = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.constant_(a.weight, 0.0), nn.init.constant_(b.weight, 4.0)
+    for huge in (1e308, 1e-308):
+        assert federated_average([a, b], [huge, huge])["weight"].item() == pytest.approx(2.0)
+
+
+def test_an_average_does_not_carry_a_models_extra_state_out_unseen():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    models_ = [Extra(2, 2), Extra(2, 2)]
+    for value, model in zip((0.0, 3.0), models_):
+        model.extra = torch.tensor([value])
+    with pytest.raises(ValueError, match="same buffers, got different ones at '_extra_state'"):
+        federated_average(models_)
+
+
+def test_two_runs_with_dropout_in_two_threads_draw_what_each_draws_alone():
+    def made():  # not in the threads: a new layer draws from the global stream
+        model = nn.Sequential(nn.Linear(2, 50), nn.Dropout(0.5), nn.Linear(50, 2))
+        for p in model.parameters():
+            nn.init.constant_(p, 0.1)
+        return model
+
+    def trained(seed, model):
+        list(train(model, MOONS, replace(SETTINGS, epochs=10, seed=seed), method="dpsgd"))
+        return parameters_to_vector(model.parameters()).detach()
+
+    seeds = (1, 2, 3)
+    alone, rounds = [trained(seed, made()) for seed in seeds], [[made() for _ in seeds] for _ in range(3)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        for models_ in rounds:
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(trained, seeds, models_), alone))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -118,7 +118,6 @@ def prints(cell) -> list[ast.Call]:
     return [call for call in calls if getattr(call.func, "id", "") == "print" and call.args]
 
 
-@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
 def test_no_number_is_printed_that_nothing_computed(notebook):
     literal = [call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)]
     assert [ast.unparse(call) for call in literal if re.search(r"\d", ast.unparse(call))] == []
@@ -132,10 +131,11 @@ def test_with_you_and_without_you_have_one_colour_each(path, notebook):
     assert drawn or path.stem[:2] == "02"
 
 
-@pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
-def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not_install(notebook):
+def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not_install(path, notebook):
     text = "\n".join(c.source for c in notebook.cells)
-    assert re.findall(r"named by mistake|[Aa]ccus\w+|false accusation|torchcsprng|secure_mode", text) == []
+    assert re.findall(r"named by mistake|[Aa]ccus\w+|false accusation", text) == []
+    # 05 shows what secure_mode does; nobody is sent to it.
+    assert path.stem[:2] == "05" or re.findall(r"torchcsprng|secure_mode", text) == []
 
 
 def test_the_readme_says_how_long_each_notebook_takes():

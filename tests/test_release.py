@@ -46,6 +46,16 @@ def test_the_largest_system_number_is_finite(monkeypatch):
     assert SystemRandom().normal(2).tolist() == pytest.approx([math.sqrt(2 * 106 * math.log(2)), 0.0])
 
 
+def test_the_tail_of_the_system_normals_has_no_gaps(monkeypatch):
+    """A radius from a uniform number below 2⁻²⁰ gets 53 bits more: with one grid of 2⁻⁵³ few radii would be left out there."""
+    random, asked = SystemRandom(), []
+    draws = iter([torch.tensor([3 * 2.0**-53, 0.25], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)])
+    monkeypatch.setattr(SystemRandom, "uniform", lambda self, n: asked.append(n) or next(draws))
+    cosine, sine = random.normal(2).tolist()
+    assert asked == [2, 1]
+    assert math.hypot(cosine, sine) == pytest.approx(math.sqrt(-2 * math.log(3.5 * 2.0**-53)), rel=1e-12)
+
+
 def test_noise_of_the_system_has_standard_deviation_sigma_times_c_on_the_sum():
     summed = torch.linspace(-5, 5, 200_000)
     noised = add_noise(summed, 2.5, 0.4, SystemRandom())
