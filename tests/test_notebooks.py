@@ -10,7 +10,7 @@ import pytest
 
 from dpteach import publish
 from dpteach.accounting import epsilon
-from dpteach.exercises import every, folded
+from dpteach.exercises import check, every, folded, solution
 from dpteach.training import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,3 +166,19 @@ def test_the_epsilons_in_the_playgrounds_answers_are_those_of_its_two_moons():
              cost(noise_multiplier=8.0), cost(noise_multiplier=4.0), cost(noise_multiplier=4.0, epochs=2 * start.epochs)]
     text = "".join(cell.source for cell in notebook.cells)
     assert [f"{value:.2f}" for value in known if f"{value:.2f}" not in text] == []
+
+
+@pytest.mark.parametrize("id", [e.id for e in every() if callable(e.reference)])
+def test_a_solution_that_is_pasted_into_its_notebook_is_right(id):
+    """With the names that the notebook has imported by then, and no others."""
+    path = next(p for p in PATHS if int(p.stem[:2]) == int(id.split(".")[0]))
+    cells = code(nbformat.read(path, as_version=4))
+    names: dict = {}
+    for cell in cells[: next(i for i, c in enumerate(cells) if f'check("{id}"' in c.source)]:
+        for node in ast.parse(re.sub(r"^( *)%.*", r"\1pass", cell.source, flags=re.MULTILINE)).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(node), names)
+    source = re.search(r"```python\n(.*?)```", solution(id), re.DOTALL).group(1)
+    exec(source, names)
+    verdict = check(id, names[re.findall(r"^(?:def|class) (\w+)", source, re.MULTILINE)[-1]])
+    assert verdict.passed is True, verdict

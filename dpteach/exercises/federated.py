@@ -470,7 +470,7 @@ EXERCISES = [
     value(
         "6.4",
         hint="Odds are probability / (1 - probability). Before, they are 1 to 1. Whatever bob sees that comes out of "
-             "alice's private updates multiplies them by e^ε at most (notebook 03). Whose ε counts?",
+             "alice's private updates multiplies them by e^ε at most (notebook 04). Whose ε counts?",
         answer=round(_sure(ALICE), 4),
         share=True,
         wrong=[

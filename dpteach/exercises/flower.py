@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import dpteach
 from dpteach.accounting import epsilon
 from dpteach.exercises.budget import calls, seeded
 from dpteach.exercises.core import Complaint, Wrong, as_number, coding, value
@@ -130,8 +131,8 @@ STEPS = 16  # a round of the notebook's nodes: 2,000 records, batches of 128
 
 def client_level_epsilon(noise_multiplier, clients, sampled, rounds, target_delta):
     """ε of one client: the server samples clients, clips each update, and adds noise to the sum, in each round."""
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=sampled / clients, steps=rounds, target_delta=target_delta,
-                   accountant="rdp")
+    return dpteach.epsilon(noise_multiplier=noise_multiplier, sample_rate=sampled / clients, steps=rounds,
+                           target_delta=target_delta, accountant="rdp")
 
 
 def _nobody_is_left_out(noise_multiplier, clients, sampled, rounds, target_delta):

@@ -511,7 +511,7 @@ def _examine_divisor(answer):
         return Verdict(False, _TOO_LARGE)
     if divisor(n + 1, batch_size) <= 0.55 * divisor(n, batch_size):
         return Verdict(True, f"one record more, and the divisor goes from {divisor(n, batch_size)} to {divisor(n + 1, batch_size)}. "
-                             "Whoever sees the size of a step learns that this record joined, and no noise hides it.")
+                             "The noise on the step doubles with it, so whoever looks at the steps learns that this record joined.")
     return Verdict(False, _NOT_HALF if n % batch_size == 0 else _NO_NEW_BATCH)
 
 
@@ -585,7 +585,7 @@ EXERCISES = [
             Wrong(256, _NOT_TWO),
         ),
         solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by "
-                 "128: the step is twice as long because one record joined. Any n = batch_size does it.",
+                 "128: the noise on each step is twice as long because one record joined. Any n = batch_size does it.",
     ),
     Exercise(
         "5.4",
