@@ -8,7 +8,6 @@ never averaged.
 Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each worker does).
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from dpteach._checks import choice, number, whole
 from dpteach.ledger import Ledger
 from dpteach.data import Data
-from dpteach.training import Settings, Step, accuracy, check, train
+from dpteach.guards import copied
+from dpteach.training import Settings, Step, accuracy, begin, check
 
 WEIGHTS = ("size", "equal")
 
@@ -77,7 +77,7 @@ class Worker:
         check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
         sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
         charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
-        steps = train(model, self.data, dataclasses.replace(self.settings, seed=self._seed_of(charge)), method=self.method,
+        steps = begin(model, self.data, dataclasses.replace(self.settings, seed=self._seed_of(charge)), method=self.method,
                       optimizer=self.optimizer)
         spent = self.epsilon("rdp")
         return (dataclasses.replace(step, epsilon=spent) for step in steps)
@@ -198,8 +198,10 @@ def train_turns(
 
 
 def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]:
+    for worker in workers:
+        check(model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer)  # once: the copies are alike
     for number_ in range(1, rounds + 1):
-        copies = {worker.name: copy.deepcopy(model) for worker in workers}
+        copies = {worker.name: copied(model) for worker in workers}
         losses: dict[str, list[float]] = {worker.name: [] for worker in workers}
         at_work = {worker.name: worker.train_round(copies[worker.name]) for worker in workers}
         while at_work:  # one step each in turn, as if at the same time

@@ -1,7 +1,11 @@
 """What a model must be so that private training releases the noisy gradients and nothing else."""
 
+import array
+import collections
 import copy
+import io
 import threading
+import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +31,9 @@ def check_model(model: nn.Module) -> None:
         ValueError: names the layer and what to use instead.
     """
     check_trainable(model)
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise ValueError(f"model must have no hooks on its parameters, got one on {name!r}: it would see gradients without noise")
     for name, layer in model.named_modules():
         got = f"got {type(layer).__name__} at {name or 'its root'!r}"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
@@ -46,16 +53,17 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_alone(model: nn.Module, X: Tensor) -> None:
+def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     """Refuse a model that mixes the samples of a batch, or keeps something of them: a probe on a few records, once a model.
 
-    Copies of the model run on one record alone, beside others, and beside others again that are different, with the same random
-    numbers. The output for the record must stay what it was. Two copies that saw different records must hold the same
-    afterwards, in all their attributes. A probe finds what shows on these records; it is no proof.
+    Copies of the model run on one record alone, beside others, and beside others again, with the same random numbers. The output
+    for the record must stay what it was. Two copies that saw different records must hold the same afterwards, in all their
+    attributes. A probe finds what shows on these records; it is no proof.
 
     Args:
-        model: left as it was.
-        X: ``(B, ...)``, B >= 1.
+        model: left as it was, but for what its first pass makes whatever the records are (a mask that it keeps).
+        X: ``(n, ...)``, n >= 1: the records to choose from.
+        batch: also beside so many.
 
     Raises:
         ValueError: says what was seen.
@@ -63,98 +71,157 @@ def check_alone(model: nn.Module, X: Tensor) -> None:
     now = shape_of(model)
     if len(X) == 0 or (model in _PROBED and same_shape(_PROBED[model], now)):
         return
-    before = dict(_leaves(model))
-    loose = [path for path, tensor in _tensors(model) if tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, nn.Parameter)]
+    trained = {id(p) for p in model.parameters()}
+    loose = [path for path, tensor in _tensors(model) if tensor.requires_grad and tensor.is_leaf and id(tensor) not in trained]
     if loose:
-        raise ValueError(f"model must hold what it trains as nn.Parameter, but {loose[0]!r} asks for a gradient and is none")
-    with RANDOM_STATE, _random_state_kept():
-        runs = [_Probe(model, X, perturbed) for perturbed in (True, False)]
-    if dict(_leaves(model)) != before:
-        raise ValueError("model must not be changed by a copy of it that runs: a hook or a global keeps something of the records")
-    kept = [name for run in runs for name in run.kept]
+        raise ValueError(
+            f"model must hold what it trains in model.parameters(), but {loose[0]!r} asks for a gradient and is not there: it would be "
+            "left with one that has no noise. Use nn.Parameter, nn.ModuleList, nn.ParameterList"
+        )
+    finite = X.reshape(len(X), -1).isfinite().all(1).nonzero().squeeze(1)
+    if len(finite) == 0:
+        return
+    records = X[finite[torch.linspace(0, len(finite) - 1, min(8, len(finite))).long()]].clone()
+    before = dict(_leaves(model))
+    with RANDOM_STATE, _random_state_kept(), torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+        kept = _kept(model, records)
+        mixed = "" if kept else _mixed(model, records, batch)
+        if dict(_leaves(model)) != before and not kept:
+            kept = "something outside of it, by a hook or a global"
     if kept:
         raise ValueError(
-            f"model must change by its noisy gradient only, but its forward pass changes {kept[0]!r}: what it keeps of the "
+            f"model must change by its noisy gradient only, but its forward pass changes {kept}: what it keeps of the "
             "records would leave with it, and no noise covers it. Take that out of the model."
         )
-    mixed = [why for run in runs for why in run.mixed]
     if mixed:
         raise ValueError(
-            f"model must treat each sample alone, but {mixed[0]}: then no sample has a gradient of its own, and clipping bounds "
+            f"model must treat each sample alone, but {mixed}: then no sample has a gradient of its own, and clipping bounds "
             "nothing. Find the layer that works along the first dimension."
         )
-    _PROBED[model] = now
+    with RANDOM_STATE, _random_state_kept(), torch.no_grad():
+        model(records[:2].clone())  # what the first pass makes, once for all: under vmap it would be of no use afterwards
+    vouch(model)
 
 
-class _Probe:
-    """What copies of a model do with a record: what they ``kept`` of it, and how it ``mixed`` with others."""
+def vouch(model: nn.Module) -> None:
+    """Take the model as probed, as it is now."""
+    _PROBED[model] = shape_of(model)
 
-    def __init__(self, model: nn.Module, X: Tensor, perturbed: bool):
-        finite = X.flatten(1).isfinite().all(1) if X.is_floating_point() else torch.ones(len(X), dtype=torch.bool)
-        X = X[finite.nonzero().squeeze(1)][:4]
-        generator = torch.Generator().manual_seed(1)
-        if len(X) == 0:
-            self.kept = self.mixed = []
-            return
-        self.one, others = X[:1].clone(), torch.cat([X[1:], X[:1]])
-        if X.is_floating_point():
-            noise = torch.randn(others.shape, generator=generator, dtype=torch.float64).to(others)
-            self.beside = [others, 1 - 2 * others, 10 * noise, others.repeat(8, *[1] * (X.dim() - 1)) + 1]
-        else:
-            values = X.flatten()
-            drawn = torch.randint(len(values), (3, *others.shape), generator=generator).to(values.device)
-            self.beside = [others, *values[drawn], others.repeat(8, *[1] * (X.dim() - 1))]
-        self.perturbed, self.kept, self.mixed = perturbed, [], []
-        first, second = self._copy(model), self._copy(model)
-        with torch.no_grad():
-            inputs = [torch.cat([self.one, others_]) for others_ in self.beside]
-            outputs = [self._run(first, x) for x in inputs]
-            for x in inputs:  # the same shapes, other records
-                self._run(second, x.flip(0) if not x.is_floating_point() else x.flip(0) * 0.5 + 0.25)
-            held, other = dict(_leaves(first)), dict(_leaves(second))
-            self.kept = sorted(name for name in held.keys() | other.keys() if held.get(name) != other.get(name))
-            if not self.kept:
-                self._compare(first, inputs, outputs)
 
-    def _copy(self, model: nn.Module) -> nn.Module:
+def _kept(model: nn.Module, records: Tensor) -> str:
+    """The name of what a forward pass leaves behind that depends on the records; empty if there is none."""
+    half = max(1, len(records) // 2)
+    copies, groups = [copied(model) for _ in range(3)], [records[:half], records[-half:], records[:half]]
+    for made, group in zip(copies, groups):
+        for _ in range(2):
+            _outputs(made, group)
+    first, other, again = (dict(_leaves(made)) for made in copies)
+    state = {name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))}
+    moved = [name for name, value in state.items() if first.get(name) != value]
+    # What differs with the same records too (the order of a set, a time) is no record's doing.
+    depends = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name) and first.get(name) == again.get(name)]
+    return repr(min(moved or depends)) if moved or depends else ""
+
+
+def _mixed(model: nn.Module, records: Tensor, batch: int) -> str:
+    """How an output depends on the other records of a batch; empty if it doesn't, on these records."""
+    generator, flat = torch.Generator().manual_seed(1), records.reshape(len(records), -1)
+    rows = [torch.randint(len(flat), (3, flat.shape[1]), generator=generator).to(flat.device) for _ in range(2)]
+    unlike = [flat.gather(0, pick).reshape(3, *records.shape[1:]) for pick in rows]  # each number from another record
+    if records.is_floating_point() and records.device.type == "cpu":  # a GPU would not forgive an index out of range
+        drawn = torch.randn(3, *records.shape[1:], generator=generator, dtype=torch.float64).to(records)
+        unlike += [10 * drawn, drawn, 1 - 2 * _beside(records, 1)]
+    depends = "its output for one sample depends on the others in the batch"
+    for perturbed in (False, True):  # a head of zeros would hide what stands before it
+        made, cast, tolerance = _precise(model, records, perturbed)
+        if made is None:
+            continue
+        for k in {0, len(records) // 2, len(records) - 1}:
+            one, others = cast(records[k : k + 1]), [cast(_beside(records, k + shift)) for shift in (1, 2, 4)]
+            invented = [cast(rows) for rows in unlike]
+            together = [_outputs(made, torch.cat([one, rows])) for rows in others]
+            if any(len(output) != 4 for output in together):
+                return f"it gives {len(together[0])} outputs for 4 samples"
+            if _near(together[0], _outputs(made, torch.cat([one, others[0]])), tolerance):
+                together += [output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None]
+                if not all(_near(together[0][:1], output[:1], tolerance) for output in together[1:]):
+                    return depends
+            modes = {layer: layer.training for layer in made.modules()}
+            for layer in modes:
+                if isinstance(layer, RANDOM_LAYERS):
+                    layer.training = False
+            calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+            if not calm:  # something else draws: at rest it may not
+                made.eval()
+                calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+            many = _beside(records, k, batch - 1)
+            alone = _outputs(made, one)
+            beside = [_outputs(made, torch.cat([one, rows])) for rows in (*others, cast(many))]
+            beside += [output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None]
+            if calm and not all(_near(alone, output[:1], tolerance) for output in beside):
+                return depends
+            for layer, mode in modes.items():
+                layer.training = mode
+    return ""
+
+
+def _beside(records: Tensor, start: int, count: int = 3) -> Tensor:
+    return records[torch.arange(start, start + count) % len(records)]
+
+
+def _precise(model: nn.Module, records: Tensor, perturbed: bool):
+    """A copy in float64, where rounding is not taken for mixing; in its own precision if it can't run there."""
+    for dtype, tolerance in ((torch.float64, 1e-7), (None, 1e-3)):
         made = copied(model)
-        if self.perturbed:  # a head of zeros would hide what stands before it
+        if perturbed:
             generator = torch.Generator().manual_seed(2)
-            with torch.no_grad():
-                for p in made.parameters():
-                    if p.is_floating_point():
-                        p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
-        return made
+            for p in made.parameters():
+                if p.is_floating_point():
+                    scale = 0.1 / (p[0].numel() ** 0.5 if p.dim() > 1 else 1)
+                    p += scale * torch.randn(p.shape, generator=generator).to(p)
+        made = made if dtype is None else made.to(dtype)
 
-    def _run(self, model: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        output = model(x.clone())
-        if not isinstance(output, Tensor) or output.dim() == 0:
-            raise ValueError(f"model must return a tensor with one row a sample, got {type(output).__name__}")
-        return output
+        def cast(x, dtype=dtype):
+            return x.to(dtype) if dtype is not None and x.is_floating_point() else x
 
-    def _compare(self, model: nn.Module, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        for x, output in zip(inputs, outputs):
-            if len(output) != len(x):
-                self.mixed.append(f"it gives {len(output)} outputs for {len(x)} samples")
-                return
-        depends = "its output for one sample depends on the others in the batch"
-        # Beside three others each: what is drawn for the record is the same in all of these.
-        if not all(_near(outputs[0][:1], output[:1]) for output in outputs[1:-1] if len(output) == len(outputs[0])):
-            self.mixed.append(depends)
-        for layer in model.modules():
-            if isinstance(layer, RANDOM_LAYERS):
-                layer.training = False
-        if not _near(self._run(model, inputs[0]), self._run_again(model, inputs[0])):  # something else draws
-            model.eval()
-        calm = _near(self._run(model, inputs[0]), self._run_again(model, inputs[0]))
-        alone = self._run(model, self.one)
-        if calm and not all(_near(alone, self._run(model, x)[:1]) for x in inputs):
-            self.mixed.append(depends)
+        if _tried(made, cast(records[:1])) is not None:
+            return made, cast, tolerance
+    return None, None, 0.0
 
-    def _run_again(self, model: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(4)
-        return model(x.clone())
+
+def _outputs(model: nn.Module, x: Tensor, seed: int = 3) -> Tensor:
+    torch.manual_seed(seed)
+    output = model(x.clone())
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise ValueError(f"model must return a tensor with one row a sample, got {type(output).__name__}")
+    return output
+
+
+def _tried(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The outputs; None where the model can't take what was invented."""
+    try:
+        return _outputs(model, x)
+    except Exception:
+        return None
+
+
+def _calm(model: nn.Module, x: Tensor, tolerance: float) -> bool:
+    return _near(_outputs(model, x), _outputs(model, x, seed=4), tolerance)
+
+
+def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """Put the model in training mode, but for BatchNorm that is frozen; the modes before, for :func:`put_modes`."""
+    modes = {layer: layer.training for layer in model.modules()}
+    frozen = [layer for layer in modes if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.training]
+    model.train()
+    put_modes(dict.fromkeys(frozen, False))
+    return modes
+
+
+def put_modes(modes: dict[nn.Module, bool]) -> None:
+    """Each layer's own ``training``, as it was."""
+    for layer, mode in modes.items():
+        layer.training = mode
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -165,7 +232,10 @@ def copied(model: nn.Module) -> nn.Module:
     """
     computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
     try:
-        return copy.deepcopy(model, computed)
+        made = copy.deepcopy(model, computed)
+        if model in _PROBED and same_shape(_PROBED[model], shape_of(model)):
+            vouch(made)
+        return made
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
 
@@ -192,6 +262,12 @@ def kept_still(model: nn.Module) -> Iterator[None]:
                     moved.append(name)
                     place[key] = value
                     value.copy_(old)
+        known = {(id(place), key) for _, place, key, _, _ in before}
+        for path, layer in model.named_modules():
+            for place in (layer._buffers, layer._parameters):
+                for key in [key for key, value in place.items() if value is not None and (id(place), key) not in known]:
+                    moved.append(f"{path}.{key}".removeprefix("."))
+                    del place[key]
     if moved:
         raise ValueError(
             f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward pass, which no "
@@ -200,10 +276,17 @@ def kept_still(model: nn.Module) -> Iterator[None]:
 
 
 def shape_of(model: nn.Module) -> tuple:
-    """The layers a model is made of, their modes, and how many hooks they have: a change of these is another model."""
+    """The layers a model is made of, their modes, options and hooks: a change of these is another model."""
     return tuple(
-        (weakref.ref(layer), layer.training, *(tuple(getattr(layer, name)) for name in HOOKS)) for layer in model.modules()
+        (weakref.ref(layer), type(layer), layer.training, "forward" in vars(layer), _options(layer),
+         *(tuple(getattr(layer, name)) for name in HOOKS)) for layer in model.modules()
     )
+
+
+def _options(layer: nn.Module) -> tuple:
+    if not type(layer).__module__.startswith("torch.nn"):  # a counter of the reader's own is no option
+        return ()
+    return tuple((key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str)) and key != "training")
 
 
 def same_shape(a: tuple, b: tuple) -> bool:
@@ -220,18 +303,28 @@ def _random_state_kept() -> Iterator[None]:
         yield
 
 
+# What holds no record, or nothing that can be looked at.
+_NO_STATE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, weakref.ref, torch.Generator)
+
+
 def _walk(value, path="", seen=None, depth=0):
     """All that hangs on an object, by path: ``(path, value)`` for each tensor, array, number and text."""
     seen = set() if seen is None else seen
     if isinstance(value, (Tensor, np.ndarray, int, float, complex, str, bytes)):
         yield path, value
-    elif id(value) in seen or depth > 20 or callable(value) and not isinstance(value, nn.Module):
+        if isinstance(value, nn.Parameter) and vars(value):
+            yield from _walk(dict(vars(value)), path, seen, depth + 1)
+    elif isinstance(value, (bytearray, array.array, memoryview)):
+        yield path, bytes(value)
+    elif isinstance(value, io.BytesIO):
+        yield path, value.getvalue()
+    elif id(value) in seen or depth > 20 or isinstance(value, _NO_STATE):
         return
     else:
         seen.add(id(value))
         if isinstance(value, dict):
             inner = [(f"{path}[{key!r}]", item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, collections.deque)):
             inner = [(f"{path}[{k}]", item) for k, item in enumerate(value)]
         elif isinstance(value, (set, frozenset)):
             inner = [(f"{path}{{{k}}}", item) for k, item in enumerate(value)]
@@ -240,7 +333,9 @@ def _walk(value, path="", seen=None, depth=0):
             own = {key: item for key, item in vars(value).items() if key not in ("_modules", "_parameters", "_buffers", *HOOKS)}
             inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in {**parts, **own}.items()]
         else:
-            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in getattr(value, "__dict__", {}).items()]
+            slots = [key for kind in type(value).__mro__ for key in getattr(kind, "__slots__", ()) if hasattr(value, key)]
+            own = {**{key: getattr(value, key) for key in slots if isinstance(key, str)}, **getattr(value, "__dict__", {})}
+            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in own.items()]
         for name, item in inner:
             yield from _walk(item, name, seen, depth + 1)
 
@@ -252,7 +347,8 @@ def _tensors(model: nn.Module):
 def _leaves(model: nn.Module):
     for path, value in _walk(model):
         if isinstance(value, Tensor):
-            value = value.detach().cpu()
+            value = value.detach().cpu().resolve_conj()
+            value = value.to_dense() if value.layout != torch.strided else value
             yield path, (str(value.dtype), tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes()
                          if value.dim() else repr(value.item()))
         elif isinstance(value, np.ndarray):
@@ -265,6 +361,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-4 * float(a.abs().max() + b.abs().max()) + 1e-12
+    return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(a.abs().max() + b.abs().max()) + 1e-12

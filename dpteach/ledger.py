@@ -78,8 +78,8 @@ class Ledger:
 
     The file is found once, when the ledger is opened: links are followed then, and a later ``chdir`` changes nothing.
     From then on this object refuses to go on if the file is gone, is another ledger, or has lost a charge that it has
-    seen. What no program can see is a file that was replaced by an older copy while none was running: back up, but
-    restore with care.
+    seen. What no program can see is a file that was replaced by an older copy while none was running, or by one that
+    was then charged alike: back up, but restore with care.
 
     Args:
         path: a ledger's file. None keeps the ledger in memory.

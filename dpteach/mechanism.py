@@ -86,6 +86,7 @@ def _gradients_and_losses(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tenso
         one = next(iter(parameters.values()))
         return one.new_zeros(0, _size(model)), one.new_zeros(0)
     check_alone(model, X)
+    X = X.clone()  # a layer that works in place must not change the caller's records
 
     def loss_of_one(parameters, x, target):
         placed = {place: parameters[name] for place, name in _places(model)}

@@ -19,7 +19,10 @@ from dpteach._checks import choice, clipping_norm, number, whole
 from dpteach.accounting import epsilon_path
 from dpteach.bookkeeping import draws, known_layers
 from dpteach.data import Data
-from dpteach.guards import RANDOM_LAYERS, RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, same_shape, shape_of
+from dpteach.guards import (
+    RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, put_modes, same_shape, shape_of, training_modes,
+    vouch,
+)
 from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, per_sample_gradients, poisson_batches, sample_losses
 from dpteach.randomness import SystemRandom
 
@@ -170,31 +173,41 @@ def train(
     Source: Abadi et al. 2016, Algorithm 1.
     """
     check(model, data, settings, method=method, optimizer=optimizer)
+    return begin(model, data, settings, method=method, optimizer=optimizer, test_data=test_data)
+
+
+def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dpsgd", optimizer: str = "sgd") -> None:
+    """Raise what :func:`train` would raise at its call, and what its first step would: nothing is trained."""
+    choice("method", method, METHODS)
+    choice("optimizer", optimizer, OPTIMIZERS)
+    settings.steps_per_epoch(len(data))
+    check_trainable(model)
+    if method == "sgd":
+        return
+    device, modes = next(model.parameters()).device, training_modes(model)
+    try:
+        check_model(model)
+        if known_layers(model) is None:
+            check_alone(model, data.X.to(device), settings.batch_size if method == "opacus" else 9)
+        few = data.take(torch.linspace(0, len(data) - 1, min(3, len(data))).long())
+        few = Data(few.X.to(device), few.y.to(device))
+        with RANDOM_STATE, torch.random.fork_rng(), torch.no_grad():
+            sample_losses(F.cross_entropy, model(few.X.clone()), few.y)  # a record that doesn't fit, before anything is charged
+        if method == "opacus":
+            _check_gradients(model, few.X, few.y)
+    finally:
+        put_modes(modes)
+
+
+def begin(model, data, settings, *, method: str, optimizer: str, test_data: Data | None = None) -> Iterator[Step]:
+    """:func:`train`, for what :func:`check` has passed."""
     if method != "sgd" and settings.target_delta >= 1 / len(data):
-        warnings.warn(delta_warning(settings, len(data)), stacklevel=2)
+        warnings.warn(delta_warning(settings, len(data)), stacklevel=3)
     updates = {"sgd": _sgd, "dpsgd": _dpsgd, "opacus": _opacus}[method]
     make_optimizer = OPTIMIZERS[optimizer]
     if method != "opacus":  # Opacus takes torch.optim's only
         make_optimizer = WITHOUT_IMPORTS.get(optimizer, make_optimizer)
     return _run(model, data, settings, updates, make_optimizer, test_data)
-
-
-def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dpsgd", optimizer: str = "sgd") -> None:
-    """Raise what :func:`train` would raise at its call; nothing is trained."""
-    choice("method", method, METHODS)
-    choice("optimizer", optimizer, OPTIMIZERS)
-    settings.steps_per_epoch(len(data))
-    if method == "sgd":
-        return check_trainable(model)
-    modes = {layer: layer.training for layer in model.modules()}
-    model.train()
-    try:
-        check_model(model)
-        if known_layers(model) is None:
-            check_alone(model, data.X[:64].to(next(model.parameters()).device))
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
 
 
 def delta_warning(settings: Settings, n: int) -> str:
@@ -217,7 +230,10 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
         else epsilon_path(noise_multiplier=settings.noise_multiplier, sample_rate=settings.sample_rate(len(data)),
                           steps=steps, target_delta=settings.target_delta)
     )
-    model.train()
+    if updates is _sgd:
+        model.train()
+    else:
+        training_modes(model)
     model.zero_grad(set_to_none=True)  # an old gradient may be a private one
     optimizer = make_optimizer(model.parameters(), lr=settings.lr)
     losses = updates(model, data, settings, optimizer)
@@ -232,13 +248,15 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
     """Share of ``data`` that ``model`` classifies rightly, in [0, 1]."""
-    device = next(model.parameters()).device
+    device, modes = next(model.parameters()).device, {layer: layer.training for layer in model.modules()}
     model.eval()
-    right = sum(
-        int((model(X.to(device)).argmax(1) == y.to(device)).sum())
-        for X, y in zip(data.X.split(1000), data.y.split(1000))
-    )
-    model.train()
+    try:
+        right = sum(
+            int((model(X.to(device)).argmax(1) == y.to(device)).sum())
+            for X, y in zip(data.X.split(1000), data.y.split(1000))
+        )
+    finally:
+        put_modes(modes)
     return right / len(data)
 
 
@@ -332,8 +350,6 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     # No input asks for a gradient, and the parameters' gradients are right all the same. A filter that stays, since a
     # generator cannot hold warnings.catch_warnings open between its steps.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    _check_gradients(model, data.X[:64], data.y[:64])
-    known = known_layers(model)
     loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size)
     with warnings.catch_warnings():  # known here (see SystemRandom); to a reader's own PrivacyEngine it is still said
         warnings.filterwarnings("ignore", message="Secure RNG turned off")
@@ -349,7 +365,6 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
     optimizer.expected_batch_size = n * q
     if settings.seed is None:
         optimizer.add_noise = lambda: _noise_from_the_system(optimizer, noise)
-    still = kept_still if known is None else nullcontext
     shape = shape_of(model)
     try:
         for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
@@ -357,7 +372,7 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
             if not same_shape(shape, shape_of(model)):
                 raise ValueError("model must stay as it is while Opacus trains it: a layer or a hook has changed since the run began")
             if len(batch):
-                with still(model):
+                with kept_still(model):
                     with own_random_numbers():
                         losses = sample_losses(F.cross_entropy, private(X), y)
                     # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it does not ignore.
@@ -388,17 +403,19 @@ def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
 
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         raise ValueError("model must be float32 or float64 with method='opacus', which sums in the model's precision: use model.float()")
-    finite = X.flatten(1).isfinite().all(1) if X.is_floating_point() else torch.ones(len(X), dtype=torch.bool)
-    X, y = X[finite][:3], y[finite][:3]
+    finite = X.reshape(len(X), -1).isfinite().all(1)
+    X, y = X[finite], y[finite]
     if len(X) == 0:
         return
-    still = copied(model).train()
-    for layer in still.modules():
-        if isinstance(layer, RANDOM_LAYERS):
-            layer.training = False
+    still = copied(model)
+    for layer in still.modules():  # nothing draws; Opacus looks at layers with parameters of their own in training only
+        layer.training &= any(p.requires_grad for p in layer.parameters(recurse=False))
+    vouch(still)
     rows = per_sample_gradients(still, F.cross_entropy, X, y)
     wrapped = GradSampleModule(copied(still))
-    (sample_losses(F.cross_entropy, wrapped(X), y).sum() / len(X)).backward()
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # as in _opacus
+    with torch.enable_grad():
+        (sample_losses(F.cross_entropy, wrapped(X.clone()), y).sum() / len(X)).backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     theirs = [p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained]
     if any(len(part) != len(X) for part in theirs) or not torch.allclose(

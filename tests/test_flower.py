@@ -90,7 +90,7 @@ def test_the_charge_is_on_the_disk_before_the_first_step(context, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("dpteach.federated.train", power_cut)
+    monkeypatch.setattr("dpteach.federated.begin", power_cut)
     with pytest.raises(KeyboardInterrupt):
         asked(context)
     assert Ledger(context.node_config["ledger"]).steps == STEPS
@@ -109,7 +109,7 @@ def test_the_same_round_twice_draws_other_noise_and_no_seed_makes_it(context, tm
 
 def refused(context, tmp_path, monkeypatch):
     """Why the node refuses. It must not train, and its ledger must stay as it is."""
-    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("dpteach.federated.begin", lambda *_, **__: pytest.fail("it trained"))
     before = Path(context.node_config["ledger"]).read_bytes()
     answer = asked(context)
     assert list(answer) == ["refusal"] and answer["refusal"]["name"] == "alice"
@@ -180,7 +180,7 @@ def test_opacus_itself_does_the_work_and_its_noise_is_other_noise_each_time(cont
 @pytest.mark.parametrize("damage", ["{}", "not json", ""])
 def test_a_damaged_ledger_is_a_refusal_and_nothing_is_trained(context, tmp_path, monkeypatch, damage):
     (tmp_path / "alice.json").write_text(damage)
-    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("dpteach.federated.begin", lambda *_, **__: pytest.fail("it trained"))
     answer = asked(context)
     assert list(answer) == ["refusal"]
     assert answer["refusal"]["name"] == "alice" and "is not a readable ledger" in answer["refusal"]["why"]
@@ -190,7 +190,7 @@ def test_a_damaged_ledger_is_a_refusal_and_nothing_is_trained(context, tmp_path,
 def test_a_ledger_that_is_gone_is_a_refusal_and_nothing_is_trained(context, tmp_path, monkeypatch):
     asked(context)
     (tmp_path / "alice.json").unlink()
-    monkeypatch.setattr("dpteach.federated.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("dpteach.federated.begin", lambda *_, **__: pytest.fail("it trained"))
     assert "alice.json" in asked(context)["refusal"]["why"]
     assert not (tmp_path / "alice.json").exists()
 

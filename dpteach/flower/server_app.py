@@ -101,10 +101,9 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
 
     everybody = {"fraction_train": 1.0, "fraction_evaluate": 0.0, "min_train_nodes": nodes, "min_available_nodes": nodes,
                  "train_metrics_aggr_fn": keep_apart}
-    if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
-        strategy = ApartFedAvg([int(node) for node in config["nodes"].split(",") if node], **everybody)
-    else:
-        strategy = central(FedAvg(**everybody), config)
+    strategy = ApartFedAvg([int(node) for node in config["nodes"].split(",") if node], **everybody)
+    if choice("privacy", config["privacy"], ("sample", "client")) == "client":
+        strategy = central(strategy, config)
 
     def after(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
