@@ -22,8 +22,8 @@ class RoundFailed(RuntimeError):
     """A client refused or did not answer; the message says which one and why."""
 
 
-class ApartFedAvg(FedAvg):
-    """Federated averaging that stops at the first client that refuses or is lost, with its reason.
+class NamedFedAvg(FedAvg):
+    """Federated averaging over the nodes that are named: Flower takes a node that was killed for alive, for a minute.
 
     Args:
         only: the ids of the nodes that take part; all that are online if empty.
@@ -39,6 +39,10 @@ class ApartFedAvg(FedAvg):
             return super().configure_train(server_round, arrays, config, grid)
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         return [Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node) for node in self.only]
+
+
+class ApartFedAvg(NamedFedAvg):
+    """The same, and it stops at the first client that refuses or is lost, with its reason."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
         return super().aggregate_train(server_round, answers(server_round, replies, self.min_train_nodes))
@@ -101,9 +105,11 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
 
     everybody = {"fraction_train": 1.0, "fraction_evaluate": 0.0, "min_train_nodes": nodes, "min_available_nodes": nodes,
                  "train_metrics_aggr_fn": keep_apart}
-    strategy = ApartFedAvg([int(node) for node in config["nodes"].split(",") if node], **everybody)
-    if choice("privacy", config["privacy"], ("sample", "client")) == "client":
-        strategy = central(strategy, config)
+    named = [int(node) for node in config["nodes"].split(",") if node]
+    if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
+        strategy = ApartFedAvg(named, **everybody)
+    else:
+        strategy = central(NamedFedAvg(named, **everybody), config)
 
     def after(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
