@@ -48,7 +48,9 @@ def clipping_norm(value) -> float:
     """``value`` as C: a number > 0, infinity allowed, and not so small that float32 loses the gradients it is to bound."""
     C = number("max_grad_norm", value, low=0, above=True, below=False)
     if C < 1e-20:
-        raise ValueError(f"max_grad_norm must be at least 1e-20, got {value!r}: float32 can't hold gradients that small")
+        raise ValueError(
+            f"max_grad_norm must be at least 1e-20, got {value!r}: float32 can't hold gradients that small"
+        )
     return C
 
 

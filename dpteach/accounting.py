@@ -126,12 +126,7 @@ def epsilon_path(
 
 
 def noise_multiplier_for(
-    *,
-    target_epsilon: float,
-    sample_rate: float,
-    steps: int,
-    target_delta: float = 1e-5,
-    accountant: str = "prv",
+    *, target_epsilon: float, sample_rate: float, steps: int, target_delta: float = 1e-5, accountant: str = "prv"
 ) -> float:
     """The smallest noise multiplier σ that keeps the whole run within ``target_epsilon``.
 
@@ -151,7 +146,11 @@ def noise_multiplier_for(
 
     def cost(sigma: float, accountant: str = accountant) -> float:
         return epsilon(
-            noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, target_delta=target_delta, accountant=accountant
+            noise_multiplier=sigma,
+            sample_rate=sample_rate,
+            steps=steps,
+            target_delta=target_delta,
+            accountant=accountant,
         )
 
     most = 10_000.0

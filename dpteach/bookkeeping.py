@@ -1,7 +1,8 @@
 """The sum of clipped per-sample gradients without the per-sample gradients, for plain stacks of known layers.
 
-One backward pass goes to the layers' outputs only. A sample's norm follows from each layer's input and output gradient; then
-one weighted sum makes the result. A linear layer's per-sample gradients are never built, a convolution's one layer at a time.
+One backward pass goes to the layers' outputs only. A sample's norm follows from each layer's input and output gradient;
+then one weighted sum makes the result. A linear layer's per-sample gradients are never built, a convolution's one layer
+at a time.
 
 Source: Bu et al. 2022, *Differentially Private Optimization on Large Model at Small Cost*.
 """
@@ -14,8 +15,24 @@ from torch import Tensor, nn
 
 # What is known to treat each sample alone and to leave its input as it was. Anything else goes the general way.
 _WITHOUT_PARAMETERS = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Softplus,
-    nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Hardtanh,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
 )
 _NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
 
@@ -30,7 +47,11 @@ def plain_layers(model: nn.Module) -> list[nn.Module] | None:
     """The model's layers in order, if all are known, none is used twice and all is trained; else None."""
     layers = known_layers(model)
     taught = [p for layer in layers or () for p in layer.parameters()]
-    return layers if taught and len({id(p) for p in taught}) == len(taught) and all(p.requires_grad for p in taught) else None
+    return (
+        layers
+        if taught and len({id(p) for p in taught}) == len(taught) and all(p.requires_grad for p in taught)
+        else None
+    )
 
 
 def draws(model: nn.Module) -> bool:
@@ -54,8 +75,8 @@ def clipped_sum_of_layers(
     for layer in layers:
         inputs, h = h, layer(h)
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            # A linear layer that a sample passes at many places (B, T, features) has no rank-one gradient; a convolution
-            # takes (C, H, W) for one image.
+            # A linear layer that a sample passes at many places (B, T, features) has no rank-one gradient; a
+            # convolution takes (C, H, W) for one image.
             if inputs.dim() != (2 if isinstance(layer, nn.Linear) else 4):
                 return None
             taps.append((layer, inputs.detach(), h))
@@ -67,7 +88,9 @@ def clipped_sum_of_layers(
         if not bool((norms <= _NORM_AT_MOST).all()):  # NaN too
             return None
         factors = factors_of(norms)
-        return torch.cat([part for tape in tapes for part in tape.weighted_sum(factors.to(tape.g.dtype))]), losses.detach()
+        return torch.cat(
+            [part for tape in tapes for part in tape.weighted_sum(factors.to(tape.g.dtype))]
+        ), losses.detach()
 
 
 class _LayerTape:

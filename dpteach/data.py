@@ -103,11 +103,16 @@ def load_mnist(train: bool = True) -> Data:
     if not all((raw / name).exists() for name in CHECKSUMS):
         _download(root)
     for name in CHECKSUMS:
-        _verify(raw / name, hashlib.sha256((raw / name).read_bytes()).hexdigest(),
-                "Delete this file: the next load makes it anew.")
+        _verify(
+            raw / name,
+            hashlib.sha256((raw / name).read_bytes()).hexdigest(),
+            "Delete this file: the next load makes it anew.",
+        )
     part = "train" if train else "t10k"
     images = _numbers(raw / f"{part}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
-    return Data(images.to(torch.float32).div_(255), _numbers(raw / f"{part}-labels-idx1-ubyte", header=8).to(torch.int64))
+    return Data(
+        images.to(torch.float32).div_(255), _numbers(raw / f"{part}-labels-idx1-ubyte", header=8).to(torch.int64)
+    )
 
 
 def _numbers(path: Path, header: int) -> Tensor:
@@ -131,8 +136,9 @@ def _unpack(packed: Path, target: Path) -> None:
                 content.write(chunk)
     except (OSError, EOFError, zlib.error):
         pass  # what could be read has another checksum, and the next line says so
-    _verify(packed, hashlib.sha256(content.getvalue()).hexdigest(),
-            "Fetch this file again from the project's repository.")
+    _verify(
+        packed, hashlib.sha256(content.getvalue()).hexdigest(), "Fetch this file again from the project's repository."
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     part.write_bytes(content.getvalue())
@@ -160,10 +166,10 @@ def split(
     Args:
         data: the records of all.
         workers: how many workers, >= 1 and at most the number of records.
-        skew: how unlike their labels are, in [0, 1). At 0 every worker gets the same mix, by chance. Above, the records of
-            a class are dealt out in shares drawn from a Dirichlet distribution with concentration
-            ``workers · weight · (1 - skew) / skew``: 0.5 gives Dirichlet(1) for equal weights, 0.9 leaves most of a class
-            with one worker. The sizes then follow the shares.
+        skew: how unlike their labels are, in [0, 1). At 0 every worker gets the same mix, by chance. Above, the records
+            of a class are dealt out in shares drawn from a Dirichlet distribution with concentration
+            ``workers · weight · (1 - skew) / skew``: 0.5 gives Dirichlet(1) for equal weights, 0.9 leaves most of a
+            class with one worker. The sizes then follow the shares.
         weights: a positive number a worker, in proportion to the records that it gets (with ``skew``: in expectation).
             All the same if not given.
         seed: the same seed deals in the same way.

@@ -37,32 +37,53 @@ def guide_run(n: int, target_epsilon: float | None, epochs: int, seed: int) -> I
         seed: of the weights, the batches and the noise.
 
     Yields:
-        A dict by epoch: ``n, target_epsilon, seed, epochs, epoch, noise_multiplier, loss`` (mean over the epoch's batches),
-        ``accuracy`` (on the 10,000 test images), ``epsilon_prv`` and ``epsilon_rdp`` so far, ``seconds`` so far.
+        A dict by epoch: ``n, target_epsilon, seed, epochs, epoch, noise_multiplier, loss`` (mean over the epoch's
+        batches), ``accuracy`` (on the 10,000 test images), ``epsilon_prv`` and ``epsilon_rdp`` so far, ``seconds`` so
+        far.
     """
     settings = Settings(epochs=epochs, batch_size=256, lr=0.05, target_delta=_GUIDE_DELTA, seed=seed)
     q, per_epoch = settings.sample_rate(n), settings.steps_per_epoch(n)
-    sigma = 0.0 if target_epsilon is None else noise_multiplier_for(
-        target_epsilon=target_epsilon, sample_rate=q, steps=epochs * per_epoch, target_delta=_GUIDE_DELTA
+    sigma = (
+        0.0
+        if target_epsilon is None
+        else noise_multiplier_for(
+            target_epsilon=target_epsilon, sample_rate=q, steps=epochs * per_epoch, target_delta=_GUIDE_DELTA
+        )
     )
     settings = Settings(sigma, 1.0, epochs, 256, 0.05, _GUIDE_DELTA, seed)
     began, losses = time.perf_counter(), []
     for step in train(
-        models.cnn(seed=seed), load_mnist().take(n), settings,
-        method="sgd" if target_epsilon is None else "opacus", test_data=load_mnist(train=False),
+        models.cnn(seed=seed),
+        load_mnist().take(n),
+        settings,
+        method="sgd" if target_epsilon is None else "opacus",
+        test_data=load_mnist(train=False),
     ):
         losses.append(step.loss)
         if step.accuracy is None:
             continue
         spent = {
-            f"epsilon_{a}": "" if target_epsilon is None else round(epsilon(
-                noise_multiplier=sigma, sample_rate=q, steps=step.step, target_delta=_GUIDE_DELTA, accountant=a), 4)
+            f"epsilon_{a}": ""
+            if target_epsilon is None
+            else round(
+                epsilon(
+                    noise_multiplier=sigma, sample_rate=q, steps=step.step, target_delta=_GUIDE_DELTA, accountant=a
+                ),
+                4,
+            )
             for a in ("prv", "rdp")
         }
         yield {
-            "n": n, "target_epsilon": "" if target_epsilon is None else target_epsilon, "seed": seed, "epochs": epochs,
-            "epoch": step.epoch, "noise_multiplier": round(sigma, 6), "loss": round(sum(losses) / len(losses), 4),
-            "accuracy": step.accuracy, **spent, "seconds": round(time.perf_counter() - began, 1),
+            "n": n,
+            "target_epsilon": "" if target_epsilon is None else target_epsilon,
+            "seed": seed,
+            "epochs": epochs,
+            "epoch": step.epoch,
+            "noise_multiplier": round(sigma, 6),
+            "loss": round(sum(losses) / len(losses), 4),
+            "accuracy": step.accuracy,
+            **spent,
+            "seconds": round(time.perf_counter() - began, 1),
         }
         losses = []
 
@@ -74,8 +95,16 @@ def _guide() -> Iterator[dict]:
         yield from guide_run(60_000, target, 10, 0)
 
 
-def two_workers_run(n: int, rounds: int, *, method: str = "dpsgd", skew: float = 0.0, sizes: tuple[float, float] = (1, 1),
-                    weights: str = "size", seed: int = 0) -> Iterator[dict]:
+def two_workers_run(
+    n: int,
+    rounds: int,
+    *,
+    method: str = "dpsgd",
+    skew: float = 0.0,
+    sizes: tuple[float, float] = (1, 1),
+    weights: str = "size",
+    seed: int = 0,
+) -> Iterator[dict]:
     """The two workers of a blog post of 2020 (PySyft and Opacus), a row a round and worker.
 
     MNIST over alice and bob, its pixels shifted by 0.1307 and divided by 0.3081 as in the post; the small CNN, σ = 1.2,
@@ -90,12 +119,15 @@ def two_workers_run(n: int, rounds: int, *, method: str = "dpsgd", skew: float =
         seed: of the split, the weights, the batches and the noise.
 
     Yields:
-        A dict by round and worker: the arguments, ``round, worker, records, loss`` (mean over the round's batches), ``accuracy``
-        (of the average, on the 10,000 test images), ``epsilon_prv``, ``epsilon_rdp`` and ``epsilon_classic`` (of all rounds so
-        far, for this worker's records; infinite without privacy), ``seconds`` so far.
+        A dict by round and worker: the arguments, ``round, worker, records, loss`` (mean over the round's batches),
+        ``accuracy`` (of the average, on the 10,000 test images), ``epsilon_prv``, ``epsilon_rdp`` and
+        ``epsilon_classic`` (of all rounds so far, for this worker's records; infinite without privacy), ``seconds`` so
+        far.
     """
     settings = Settings(1.2, 1.0, epochs=1, batch_size=128, lr=0.1, target_delta=1e-5, seed=seed)
-    images, unseen = (Data((data.X - 0.1307) / 0.3081, data.y) for data in (load_mnist().take(n), load_mnist(train=False)))
+    images, unseen = (
+        Data((data.X - 0.1307) / 0.3081, data.y) for data in (load_mnist().take(n), load_mnist(train=False))
+    )
     parts = split(images, 2, skew, sizes, seed=seed)
     workers = [Worker(name, part, settings, method=method) for name, part in zip(("alice", "bob"), parts)]
     began = time.perf_counter()
@@ -103,11 +135,22 @@ def two_workers_run(n: int, rounds: int, *, method: str = "dpsgd", skew: float =
         seconds = round(time.perf_counter() - began, 1)
         for worker in workers:
             yield {
-                "n": n, "method": method, "skew": skew, "sizes": ":".join(f"{size:g}" for size in sizes), "weights": weights, "seed": seed,
-                "rounds": rounds, "round": made.round, "worker": worker.name, "records": len(worker.data),
-                "loss": round(made.losses[worker.name], 4), "accuracy": made.accuracy,
-                **{f"epsilon_{short}": round(worker.epsilon(accountant), 4)
-                   for short, accountant in (("prv", "prv"), ("rdp", "rdp"), ("classic", "rdp-classic"))},
+                "n": n,
+                "method": method,
+                "skew": skew,
+                "sizes": ":".join(f"{size:g}" for size in sizes),
+                "weights": weights,
+                "seed": seed,
+                "rounds": rounds,
+                "round": made.round,
+                "worker": worker.name,
+                "records": len(worker.data),
+                "loss": round(made.losses[worker.name], 4),
+                "accuracy": made.accuracy,
+                **{
+                    f"epsilon_{short}": round(worker.epsilon(accountant), 4)
+                    for short, accountant in (("prv", "prv"), ("rdp", "rdp"), ("classic", "rdp-classic"))
+                },
                 "seconds": seconds,
             }
 
@@ -136,17 +179,29 @@ def _twenty_clients() -> Iterator[dict]:
     with Simulation(20) as simulation:
         for privacy, sigma in (("sample", 1.3), ("client", 1.0), ("client", 0.5)):
             key = "noise_multiplier" if privacy == "sample" else "server_noise_multiplier"
-            for line in simulation.rounds(10, privacy=privacy, model="mlp", batch_size=128, lr=0.5, clipping_norm=1.0, **{key: sigma}):
+            for line in simulation.rounds(
+                10, privacy=privacy, model="mlp", batch_size=128, lr=0.5, clipping_norm=1.0, **{key: sigma}
+            ):
                 spent = {value for name, value in line.items() if name.split("/")[0] == "epsilon"}
                 yield {
-                    "clients": 20, "privacy": privacy, "noise_multiplier": sigma, "target_delta": 1e-5 if privacy == "sample" else 1e-2,
-                    "round": line["round"], "accuracy": line["accuracy"], "epsilon_of_the_worst": round(max(spent), 4),
-                    "seconds": line["seconds"], **made_with,
+                    "clients": 20,
+                    "privacy": privacy,
+                    "noise_multiplier": sigma,
+                    "target_delta": 1e-5 if privacy == "sample" else 1e-2,
+                    "round": line["round"],
+                    "accuracy": line["accuracy"],
+                    "epsilon_of_the_worst": round(max(spent), 4),
+                    "seconds": line["seconds"],
+                    **made_with,
                 }
 
 
-EXPERIMENTS = {"twenty-minute-guide": _guide, "two-workers": _two_workers, "two-workers-plain": _two_workers_plain,
-               "twenty-clients": _twenty_clients}
+EXPERIMENTS = {
+    "twenty-minute-guide": _guide,
+    "two-workers": _two_workers,
+    "two-workers-plain": _two_workers_plain,
+    "twenty-clients": _twenty_clients,
+}
 
 
 def run(name: str) -> Path:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dpteach._checks import choice, number, whole
-from dpteach.ledger import Ledger
 from dpteach.data import Data
 from dpteach.guards import copied
+from dpteach.ledger import Ledger
 from dpteach.training import Settings, Step, accuracy, begin, check
 
 WEIGHTS = ("size", "equal")
@@ -34,9 +34,10 @@ class Worker:
     Args:
         name: unlike the other workers' names.
         data: the worker's private records.
-        settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed`` may be
-            the same for all workers: name, ledger and charge go into the random numbers too. None draws from the operating
-            system, as a release must.
+        settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed``
+            may be
+            the same for all workers: name, ledger and charge go into the random numbers too. None draws from the
+            operating system, as a release must.
         ledger: what these records have cost so far; a new one, in memory, if not given.
         method, optimizer: as for :func:`dpteach.training.train`. The optimizer starts anew in each round.
 
@@ -77,15 +78,21 @@ class Worker:
         check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
         sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
         charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
-        steps = begin(model, self.data, dataclasses.replace(self.settings, seed=self._seed_of(charge)), method=self.method,
-                      optimizer=self.optimizer)
+        steps = begin(
+            model,
+            self.data,
+            dataclasses.replace(self.settings, seed=self._seed_of(charge)),
+            method=self.method,
+            optimizer=self.optimizer,
+        )
         spent = self.epsilon("rdp")
         return (dataclasses.replace(step, epsilon=spent) for step in steps)
 
     def _seed_of(self, charge: int) -> int | None:
         """One seed for each charge of each ledger: noise that is drawn twice can be subtracted.
 
-        So it differs in a second run, after a round that was killed, and between two processes that charge at the same time.
+        So it differs in a second run, after a round that was killed, and between two processes that charge at the same
+        time.
         """
         if self.settings.seed is None:
             return None
@@ -121,7 +128,8 @@ class Round:
         rounds: how many there are.
         losses: by worker's name: the mean loss of its batches in this round, NaN where all were empty. Computed from
             private data; ε does not cover showing it.
-        epsilons: by worker's name: ε of everything in its ledger, by RDP. One number a worker: not to be summed or averaged.
+        epsilons: by worker's name: ε of everything in its ledger, by RDP. One number a worker: not to be summed or
+            averaged.
         accuracy: of the averaged model on ``test_data``; None without.
     """
 
@@ -138,15 +146,17 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     Args:
         models: at least one; all with the same names and shapes. A model that Opacus has wrapped has names that begin
             with ``_module.``: hand in its ``_module``.
-        weights: a number >= 0 a model, not all zero; only their proportions count. All the same if not given. Weights by
+        weights: a number >= 0 a model, not all zero; only their proportions count. All the same if not given. Weights
+            by
             the number of records publish these numbers: take them as public, or weigh all the same.
 
     Returns:
         Names to tensors. What is the same in all models (a buffer, a frozen parameter) stays so to the bit.
 
     Raises:
-        ValueError: if there is no model, the weights do not fit, the names or shapes differ, or a buffer differs: a buffer that
-            training moves (BatchNorm's running mean) holds statistics of the records, and no noise covers them.
+        ValueError: if there is no model, the weights do not fit, the names or shapes differ, or a buffer differs: a
+            buffer that training moves (BatchNorm's running mean) holds statistics of the records, and no noise covers
+            them.
 
     Source: McMahan et al. 2017, Algorithm 1.
 
@@ -160,20 +170,25 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
         raise ValueError("models must hold at least one model, got none")
     weights = [1.0] * len(states) if weights is None else [number("weights", w, low=0) for w in weights]
     if len(weights) != len(states) or sum(weights) == 0:
-        raise ValueError(f"weights must hold one number for each of the {len(states)} models, not all zero, got {weights!r}")
+        raise ValueError(
+            f"weights must hold one number for each of the {len(states)} models, not all zero, got {weights!r}"
+        )
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     for k, other in enumerate(shapes[1:], start=1):
         if other != shapes[0]:
             unlike = sorted(name for name in {**shapes[0], **other} if shapes[0].get(name) != other.get(name))
             raise ValueError(
-                f"models must have the same names and shapes, got a model {k} that differs from model 0 at {unlike[0]!r}. "
+                f"models must have the same names and shapes, got a model {k} that differs from model 0 at "
+                f"{unlike[0]!r}. "
                 "(Opacus' wrapper adds '_module.': hand in model._module.)"
             )
     for name in states[0].keys() - dict(models[0].named_parameters(remove_duplicate=False)).keys():
         if not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
             raise ValueError(
-                f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the records that no noise "
-                "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release only these."
+                f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the "
+                "records that no noise "
+                "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release "
+                "only these."
             )
     largest = max(weights)
     total = sum(w / largest for w in weights)
@@ -199,7 +214,9 @@ def train_turns(
 
 def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]:
     for worker in workers:
-        check(model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer)  # once: the copies are alike
+        check(
+            model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer
+        )  # once: the copies are alike
     for number_ in range(1, rounds + 1):
         copies = {worker.name: copied(model) for worker in workers}
         losses: dict[str, list[float]] = {worker.name: [] for worker in workers}
@@ -214,7 +231,9 @@ def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]
                 yield Turn(number_, name, step)
         model.load_state_dict(federated_average(list(copies.values()), weights))
         yield Round(
-            number_, rounds, {name: _mean(values) for name, values in losses.items()},
+            number_,
+            rounds,
+            {name: _mean(values) for name, values in losses.items()},
             {worker.name: worker.epsilon("rdp") for worker in workers},
             accuracy(model, test_data) if test_data is not None else None,
         )
@@ -225,7 +244,8 @@ def train_rounds(
 ) -> Iterator[Round]:
     """Federated averaging, one :class:`Round` at a time. ``model`` becomes the average, in place, round by round.
 
-    In each round every worker starts from the same model, trains a copy for its local epochs, and the copies are averaged.
+    In each round every worker starts from the same model, trains a copy for its local epochs, and the copies are
+    averaged.
 
     Args:
         workers: at least one; two, three or ten work alike. Their records must be disjoint for "ε per worker" to hold.
@@ -242,7 +262,11 @@ def train_rounds(
 
     Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
     """
-    return (made for made in train_turns(workers, model, rounds, weights=weights, test_data=test_data) if isinstance(made, Round))
+    return (
+        made
+        for made in train_turns(workers, model, rounds, weights=weights, test_data=test_data)
+        if isinstance(made, Round)
+    )
 
 
 def _mean(values: list[float]) -> float:

@@ -33,22 +33,27 @@ def check_model(model: nn.Module) -> None:
     check_trainable(model)
     for name, p in model.named_parameters():
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            raise ValueError(f"model must have no hooks on its parameters, got one on {name!r}: it would see gradients without noise")
+            raise ValueError(
+                f"model must have no hooks on its parameters, got one on {name!r}: it would see gradients without noise"
+            )
     for name, layer in model.named_modules():
         got = f"got {type(layer).__name__} at {name or 'its root'!r}"
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
             raise ValueError(
-                f"model must treat each sample alone, {got}: it mixes the samples of a batch, so no sample has a gradient of its "
+                f"model must treat each sample alone, {got}: it mixes the samples of a batch, so no sample has a "
+                "gradient of its "
                 "own. Use GroupNorm or LayerNorm instead."
             )
         if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats and layer.training:
             raise ValueError(
-                f"model must not keep statistics of its records, {got} with track_running_stats: they leave with the model, and "
+                f"model must not keep statistics of its records, {got} with track_running_stats: they leave with the "
+                "model, and "
                 "no noise covers them. Use track_running_stats=False."
             )
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
             raise ValueError(
-                f"model must change by its noisy gradient only, {got} with max_norm: it rescales the rows that a batch looks up, "
+                f"model must change by its noisy gradient only, {got} with max_norm: it rescales the rows that a "
+                "batch looks up, "
                 "and no noise covers that. Use max_norm=None."
             )
 
@@ -56,9 +61,9 @@ def check_model(model: nn.Module) -> None:
 def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     """Refuse a model that mixes the samples of a batch, or keeps something of them: a probe on a few records, once a model.
 
-    Copies of the model run on one record alone, beside others, and beside others again, with the same random numbers. The output
-    for the record must stay what it was. Two copies that saw different records must hold the same afterwards, in all their
-    attributes. A probe finds what shows on these records; it is no proof.
+    Copies of the model run on one record alone, beside others, and beside others again, with the same random numbers.
+    The output for the record must stay what it was. Two copies that saw different records must hold the same
+    afterwards, in all their attributes. A probe finds what shows on these records; it is no proof.
 
     Args:
         model: left as it was, but for what its first pass makes whatever the records are (a mask that it keeps).
@@ -72,10 +77,15 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     if len(X) == 0 or (model in _PROBED and same_shape(_PROBED[model], now)):
         return
     trained = {id(p) for p in model.parameters()}
-    loose = [path for path, tensor in _tensors(model) if tensor.requires_grad and tensor.is_leaf and id(tensor) not in trained]
+    loose = [
+        path
+        for path, tensor in _tensors(model)
+        if tensor.requires_grad and tensor.is_leaf and id(tensor) not in trained
+    ]
     if loose:
         raise ValueError(
-            f"model must hold what it trains in model.parameters(), but {loose[0]!r} asks for a gradient and is not there: it would be "
+            f"model must hold what it trains in model.parameters(), but {loose[0]!r} asks for a gradient and is not "
+            "there: it would be "
             "left with one that has no noise. Use nn.Parameter, nn.ModuleList, nn.ParameterList"
         )
     finite = X.reshape(len(X), -1).isfinite().all(1).nonzero().squeeze(1)
@@ -95,11 +105,14 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
         )
     if mixed:
         raise ValueError(
-            f"model must treat each sample alone, but {mixed}: then no sample has a gradient of its own, and clipping bounds "
+            f"model must treat each sample alone, but {mixed}: then no sample has a gradient of its own, and clipping "
+            "bounds "
             "nothing. Find the layer that works along the first dimension."
         )
     with RANDOM_STATE, _random_state_kept(), torch.no_grad():
-        model(records[:2].clone())  # what the first pass makes, once for all: under vmap it would be of no use afterwards
+        model(
+            records[:2].clone()
+        )  # what the first pass makes, once for all: under vmap it would be of no use afterwards
     vouch(model)
 
 
@@ -116,10 +129,16 @@ def _kept(model: nn.Module, records: Tensor) -> str:
         for _ in range(2):
             _outputs(made, group)
     first, other, again = (dict(_leaves(made)) for made in copies)
-    state = {name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))}
+    state = {
+        name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
+    }
     moved = [name for name, value in state.items() if first.get(name) != value]
     # What differs with the same records too (the order of a set, a time) is no record's doing.
-    depends = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name) and first.get(name) == again.get(name)]
+    depends = [
+        name
+        for name in first.keys() | other.keys()
+        if first.get(name) != other.get(name) and first.get(name) == again.get(name)
+    ]
     return repr(min(moved or depends)) if moved or depends else ""
 
 
@@ -143,7 +162,9 @@ def _mixed(model: nn.Module, records: Tensor, batch: int) -> str:
             if any(len(output) != 4 for output in together):
                 return f"it gives {len(together[0])} outputs for 4 samples"
             if _near(together[0], _outputs(made, torch.cat([one, others[0]])), tolerance):
-                together += [output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None]
+                together += [
+                    output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None
+                ]
                 if not all(_near(together[0][:1], output[:1], tolerance) for output in together[1:]):
                     return depends
             modes = {layer: layer.training for layer in made.modules()}
@@ -249,8 +270,10 @@ def kept_still(model: nn.Module) -> Iterator[None]:
     """
     before = [
         (f"{path}.{key}".removeprefix("."), place, key, value, value.detach().clone())
-        for path, layer in model.named_modules() for place in (layer._buffers, layer._parameters)
-        for key, value in place.items() if value is not None
+        for path, layer in model.named_modules()
+        for place in (layer._buffers, layer._parameters)
+        for key, value in place.items()
+        if value is not None
     ]
     moved = []
     try:
@@ -270,7 +293,8 @@ def kept_still(model: nn.Module) -> Iterator[None]:
                     del place[key]
     if moved:
         raise ValueError(
-            f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward pass, which no "
+            f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward "
+            "pass, which no "
             "noise covers (it is put back). Take that out of the model."
         )
 
@@ -278,15 +302,24 @@ def kept_still(model: nn.Module) -> Iterator[None]:
 def shape_of(model: nn.Module) -> tuple:
     """The layers a model is made of, their modes, options and hooks: a change of these is another model."""
     return tuple(
-        (weakref.ref(layer), type(layer), layer.training, "forward" in vars(layer), _options(layer),
-         *(tuple(getattr(layer, name)) for name in HOOKS)) for layer in model.modules()
+        (
+            weakref.ref(layer),
+            type(layer),
+            layer.training,
+            "forward" in vars(layer),
+            _options(layer),
+            *(tuple(getattr(layer, name)) for name in HOOKS),
+        )
+        for layer in model.modules()
     )
 
 
 def _options(layer: nn.Module) -> tuple:
     if not type(layer).__module__.startswith("torch.nn"):  # a counter of the reader's own is no option
         return ()
-    return tuple((key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str)) and key != "training")
+    return tuple(
+        (key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str)) and key != "training"
+    )
 
 
 def same_shape(a: tuple, b: tuple) -> bool:
@@ -304,7 +337,15 @@ def _random_state_kept() -> Iterator[None]:
 
 
 # What holds no record, or nothing that can be looked at.
-_NO_STATE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, weakref.ref, torch.Generator)
+_NO_STATE = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    weakref.ref,
+    torch.Generator,
+)
 
 
 def _walk(value, path="", seen=None, depth=0):
@@ -330,11 +371,20 @@ def _walk(value, path="", seen=None, depth=0):
             inner = [(f"{path}{{{k}}}", item) for k, item in enumerate(value)]
         elif isinstance(value, nn.Module):
             parts = {**value._modules, **value._parameters, **value._buffers}
-            own = {key: item for key, item in vars(value).items() if key not in ("_modules", "_parameters", "_buffers", *HOOKS)}
+            own = {
+                key: item
+                for key, item in vars(value).items()
+                if key not in ("_modules", "_parameters", "_buffers", *HOOKS)
+            }
             inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in {**parts, **own}.items()]
         else:
-            slots = [key for kind in type(value).__mro__ for key in getattr(kind, "__slots__", ()) if hasattr(value, key)]
-            own = {**{key: getattr(value, key) for key in slots if isinstance(key, str)}, **getattr(value, "__dict__", {})}
+            slots = [
+                key for kind in type(value).__mro__ for key in getattr(kind, "__slots__", ()) if hasattr(value, key)
+            ]
+            own = {
+                **{key: getattr(value, key) for key in slots if isinstance(key, str)},
+                **getattr(value, "__dict__", {}),
+            }
             inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in own.items()]
         for name, item in inner:
             yield from _walk(item, name, seen, depth + 1)
@@ -349,8 +399,14 @@ def _leaves(model: nn.Module):
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj()
             value = value.to_dense() if value.layout != torch.strided else value
-            yield path, (str(value.dtype), tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes()
-                         if value.dim() else repr(value.item()))
+            yield (
+                path,
+                (
+                    str(value.dtype),
+                    tuple(value.shape),
+                    value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr(value.item()),
+                ),
+            )
         elif isinstance(value, np.ndarray):
             yield path, (value.dtype.str, value.shape, value.tobytes())
         else:

@@ -25,8 +25,10 @@ from filelock import FileLock
 from dpteach.accounting import MAX_STEPS, _checked, _of_history
 
 _FORMAT, _VERSION = "dpteach-ledger", 2
-_HEAD = (f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
-         '"columns": ["noise_multiplier", "sample_rate", "steps", "times"], "charges": [\n').encode()
+_HEAD = (
+    f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
+    '"columns": ["noise_multiplier", "sample_rate", "steps", "times"], "charges": [\n'
+).encode()
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _IN_MEMORY = threading.Lock()
 
@@ -52,8 +54,10 @@ class _Account(NamedTuple):
             return True
         last = len(other.rows) - 1
         return (
-            len(self.rows) > last and self.rows[:last] == other.rows[:last]
-            and self.rows[last][:3] == other.rows[last][:3] and self.rows[last][3] >= other.rows[last][3]
+            len(self.rows) > last
+            and self.rows[:last] == other.rows[:last]
+            and self.rows[last][:3] == other.rows[last][:3]
+            and self.rows[last][3] >= other.rows[last][3]
         )
 
     def charged(self, sigma: float, q: float, steps: int) -> "_Account":
@@ -93,9 +97,9 @@ class Ledger:
         steps: how many steps they are, in all.
 
     Raises:
-        ValueError: if there is no such file (with ``new``: if there is one, or no folder), or it has several hard links,
-            as a charge would part them; if it is damaged, of another version, or not a ledger. It is left as it is: an
-            account that can't be read must not start again at zero.
+        ValueError: if there is no such file (with ``new``: if there is one, or no folder), or it has several hard
+            links, as a charge would part them; if it is damaged, of another version, or not a ledger. It is left as it
+            is: an account that can't be read must not start again at zero.
 
     >>> ledger = Ledger()
     >>> for _ in range(5):  # the two-worker blog post of 2020: five rounds of 235 steps
@@ -117,7 +121,8 @@ class Ledger:
         except (OSError, RuntimeError):  # nothing there, or links in a circle
             raise ValueError(
                 f"path must be a ledger that exists, got {os.fspath(path)!r}. If these records have one, restore it: "
-                "what they have cost stands in it. If nothing was ever trained on them, make one: Ledger(path, new=True)"
+                "what they have cost stands in it. If nothing was ever trained on them, make one: Ledger(path, "
+                "new=True)"
             ) from None
         self._account()  # a damaged file is an error now, not after the first training
 
@@ -127,9 +132,11 @@ class Ledger:
 
     @property
     def charges(self) -> tuple[Charge, ...]:
-        return tuple(itertools.chain.from_iterable(
-            itertools.repeat(Charge(*charge), times) for *charge, times in self._account().rows
-        ))
+        return tuple(
+            itertools.chain.from_iterable(
+                itertools.repeat(Charge(*charge), times) for *charge, times in self._account().rows
+            )
+        )
 
     @property
     def count(self) -> int:
@@ -152,7 +159,8 @@ class Ledger:
             two processes charge at the same time.
 
         Raises:
-            ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then nothing
+            ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then
+                nothing
                 is written: don't train.
             OSError: if the file can't be written. Don't train.
         """
@@ -175,7 +183,8 @@ class Ledger:
         """ε of everything that was charged, at ``target_delta``.
 
         Args and errors as for :func:`dpteach.accounting.epsilon`. Charges with different σ or q are composed as they
-        are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is first
+        are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is
+        first
         rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
         """
         *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)

@@ -32,8 +32,8 @@ def poisson_batches(n: int, sample_rate: float, steps: int, generator: Random | 
         n: number of records.
         sample_rate: q in (0, 1].
         steps: number of batches.
-        generator: where the randomness comes from: a ``torch.Generator``, or ``SystemRandom()`` for a release; PyTorch's
-            global one if not given.
+        generator: where the randomness comes from: a ``torch.Generator``, or ``SystemRandom()`` for a release;
+            PyTorch's global one if not given.
 
     Yields:
         ``(b,)`` int64: the indices of the records in the batch, ascending; ``b`` may be 0.
@@ -51,7 +51,11 @@ def _with_probability(q: float, n: int, generator: Random | None) -> Tensor:
 
     Uniform numbers lie on a grid of 2⁻⁵³, and q need not: one in the cell that q cuts is decided by another draw.
     """
-    u = generator.uniform(n) if isinstance(generator, SystemRandom) else torch.rand(n, generator=generator, dtype=torch.float64)
+    u = (
+        generator.uniform(n)
+        if isinstance(generator, SystemRandom)
+        else torch.rand(n, generator=generator, dtype=torch.float64)
+    )
     cell, rest = divmod(q * 2.0**53, 1)
     taken, undecided = u * 2.0**53 < cell, u * 2.0**53 == cell
     if rest and bool(undecided.any()):
@@ -94,7 +98,9 @@ def _gradients_and_losses(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tenso
         return _one_number(loss_fn(output, target.unsqueeze(0)))
 
     try:
-        grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")(parameters, X, y)
+        grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")(
+            parameters, X, y
+        )
     except RuntimeError:  # vmap can't run some layers, nn.GRU for one
         return _one_by_one(model, loss_fn, X, y)
     return torch.cat([g.flatten(1) for g in grads.values()], dim=1), losses
@@ -118,7 +124,8 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
         max_grad_norm: C >= 1e-20, in the gradient's own units. ``math.inf`` clips nothing.
 
     Returns:
-        ``(B, P)``, float32 where the input is of half precision. A row whose norm is at most C is unchanged. A row with a NaN
+        ``(B, P)``, float32 where the input is of half precision. A row whose norm is at most C is unchanged. A row with
+        a NaN
         or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
 
     Raises:
@@ -132,7 +139,8 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
     """
     if per_sample_grads.dim() != 2:
         raise ValueError(
-            f"per_sample_grads must have shape (B, P), one flattened gradient a row, got {tuple(per_sample_grads.shape)}: use flatten(1)"
+            f"per_sample_grads must have shape (B, P), one flattened gradient a row, got "
+            f"{tuple(per_sample_grads.shape)}: use flatten(1)"
         )
     if per_sample_grads.dtype in (torch.float16, torch.bfloat16):
         per_sample_grads = per_sample_grads.float()
@@ -176,7 +184,9 @@ def clipped_sum_and_losses(
     check_model(model)
     layers = plain_layers(model) if len(X) else None
     quick = layers and clipped_sum_of_layers(
-        layers, X, lambda outputs: sample_losses(loss_fn, outputs, y),
+        layers,
+        X,
+        lambda outputs: sample_losses(loss_fn, outputs, y),
         lambda norms: _clip_factors(norms, max_grad_norm, torch.float32 if X.dtype != torch.float64 else X.dtype),
     )
     if quick:
@@ -185,9 +195,7 @@ def clipped_sum_and_losses(
     return clip(grads, max_grad_norm).sum(0), losses
 
 
-def add_noise(
-    summed: Tensor, noise_multiplier: float, max_grad_norm: float, generator: Random | None = None
-) -> Tensor:
+def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, generator: Random | None = None) -> Tensor:
     """Add Gaussian noise of standard deviation σ·C to every coordinate of the *sum* of clipped gradients.
 
     Divide by the *expected* batch size afterwards, not before. An empty batch's sum (zeros) gets noise too.
@@ -196,8 +204,8 @@ def add_noise(
         summed: ``(P,)``: the sum over the batch.
         noise_multiplier: σ >= 0, without a unit.
         max_grad_norm: C > 0, the norm that each sample was clipped to.
-        generator: where the randomness comes from: a ``torch.Generator``, which is right for learning, or ``SystemRandom()``
-            for a release; PyTorch's global one if not given.
+        generator: where the randomness comes from: a ``torch.Generator``, which is right for learning, or
+            ``SystemRandom()`` for a release; PyTorch's global one if not given.
 
     Returns:
         ``(P,)``, a new tensor.
@@ -238,7 +246,9 @@ def sample_losses(loss_fn: LossFn, outputs: Tensor, y: Tensor) -> Tensor:
 
 def _one_number(loss: Tensor) -> Tensor:
     if loss.numel() != 1:
-        raise ValueError(f"loss_fn must give one number, got shape {tuple(loss.shape)}: take the mean (reduction='mean')")
+        raise ValueError(
+            f"loss_fn must give one number, got shape {tuple(loss.shape)}: take the mean (reduction='mean')"
+        )
     return loss.reshape(())
 
 

@@ -10,7 +10,9 @@ from dpteach._checks import choice, whole
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-def mlp(inputs: int = 2, hidden: int = 20, outputs: int = 2, *, activation: str = "relu", seed: int = 0) -> nn.Sequential:
+def mlp(
+    inputs: int = 2, hidden: int = 20, outputs: int = 2, *, activation: str = "relu", seed: int = 0
+) -> nn.Sequential:
     """A perceptron with one hidden layer; images are flattened first.
 
     Args:
@@ -23,7 +25,9 @@ def mlp(inputs: int = 2, hidden: int = 20, outputs: int = 2, *, activation: str 
     Raises:
         ValueError: if a width is < 1, or ``activation`` is not known.
     """
-    inputs, hidden, outputs = (whole(k, v, low=1) for k, v in (("inputs", inputs), ("hidden", hidden), ("outputs", outputs)))
+    inputs, hidden, outputs = (
+        whole(k, v, low=1) for k, v in (("inputs", inputs), ("hidden", hidden), ("outputs", outputs))
+    )
     act = _ACTIVATIONS[choice("activation", activation, _ACTIVATIONS)]
     return _start(nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), act(), nn.Linear(hidden, outputs)), seed)
 
@@ -41,11 +45,21 @@ def cnn(*, activation: str = "relu", seed: int = 0) -> nn.Sequential:
         ValueError: if ``activation`` is not known.
     """
     act = _ACTIVATIONS[choice("activation", activation, _ACTIVATIONS)]
-    return _start(nn.Sequential(
-        nn.Conv2d(1, 16, 8, stride=2, padding=3), act(), nn.MaxPool2d(2, 1),
-        nn.Conv2d(16, 32, 4, stride=2), act(), nn.MaxPool2d(2, 1),
-        nn.Flatten(), nn.Linear(32 * 4 * 4, 32), act(), nn.Linear(32, 10),
-    ), seed)
+    return _start(
+        nn.Sequential(
+            nn.Conv2d(1, 16, 8, stride=2, padding=3),
+            act(),
+            nn.MaxPool2d(2, 1),
+            nn.Conv2d(16, 32, 4, stride=2),
+            act(),
+            nn.MaxPool2d(2, 1),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 32),
+            act(),
+            nn.Linear(32, 10),
+        ),
+        seed,
+    )
 
 
 def _start(model: nn.Sequential, seed: int) -> nn.Sequential:

@@ -17,8 +17,16 @@ import numpy as np
 
 #: At least 3 : 1 against JupyterLab's light and dark page, and any two can be told apart with every common colour-vision
 #: deficiency; tests/test_colours.py computes both.
-COLOURS = {"private": "#006BAD", "non-private": "#787878", "budget": "#028F5E", "attacker": "#BF500D",
-           "data": "#987CC1", "first worker": "#A4367B", "second worker": "#B98D12", "other worker": "#787878"}
+COLOURS = {
+    "private": "#006BAD",
+    "non-private": "#787878",
+    "budget": "#028F5E",
+    "attacker": "#BF500D",
+    "data": "#987CC1",
+    "first worker": "#A4367B",
+    "second worker": "#B98D12",
+    "other worker": "#787878",
+}
 
 _WIDTH, _HEIGHT = 330, 250  # of one panel, in SVG units; the picture scales to its page
 _NARROWEST = 260  # pixels of one panel, before the next one goes below it
@@ -109,8 +117,10 @@ class Panel:
         for item in self.items:
             look = (type(item), COLOURS[item.role], getattr(item, "dashed", False), getattr(item, "cross", False))
             if item.label and seen.setdefault(look, item.label) != item.label:
-                raise ValueError(f"items must look different, got {seen[look]!r} and {item.label!r} as the same sign in the "
-                                 f"same colour in {self.title!r}; give one another role, or dashed=True, or cross=True")
+                raise ValueError(
+                    f"items must look different, got {seen[look]!r} and {item.label!r} as the same sign in the "
+                    f"same colour in {self.title!r}; give one another role, or dashed=True, or cross=True"
+                )
 
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ends of both axes: as given, or around every finite value of the items."""
@@ -145,7 +155,7 @@ def svg(panels: Sequence[Panel]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(panel.alt, quote=True)}" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}" style="flex:1 1 {_NARROWEST}px;min-width:0;max-width:{_WIDTH}px;height:auto" '
         f'font-family="system-ui,sans-serif" font-size="11" fill="currentColor">'
-        f'<title>{escape(panel.alt)}</title>{_svg_panel(panel)}</svg>'
+        f"<title>{escape(panel.alt)}</title>{_svg_panel(panel)}</svg>"
         for panel in panels
     )
     return f'<div style="display:flex;flex-wrap:wrap">{pictures}</div>'
@@ -304,11 +314,17 @@ def _svg_panel(panel: Panel) -> str:
             edges, base = px(item.edges), _TOP + inner_h
             for left, right, top in zip(edges, edges[1:], py(item.heights)):
                 if math.isfinite(top):
-                    out.append(f'<path d="M{left:.1f},{base}V{top:.1f}H{right:.1f}V{base}" stroke="{colour}" fill="{colour}" fill-opacity=".45"/>')
+                    out.append(
+                        f'<path d="M{left:.1f},{base}V{top:.1f}H{right:.1f}V{base}" stroke="{colour}" fill="{colour}" fill-opacity=".45"/>'
+                    )
         elif item.x is not None:
-            out.append(f'<path d="M{px([item.x])[0]:.1f},{_TOP}v{inner_h}" stroke="{colour}" stroke-width="1.8" stroke-dasharray="2 2"/>')
+            out.append(
+                f'<path d="M{px([item.x])[0]:.1f},{_TOP}v{inner_h}" stroke="{colour}" stroke-width="1.8" stroke-dasharray="2 2"/>'
+            )
         else:
-            out.append(f'<path d="M{_LEFT},{py([item.y])[0]:.1f}h{inner_w}" stroke="{colour}" stroke-width="1.8" stroke-dasharray="2 2"/>')
+            out.append(
+                f'<path d="M{_LEFT},{py([item.y])[0]:.1f}h{inner_w}" stroke="{colour}" stroke-width="1.8" stroke-dasharray="2 2"/>'
+            )
     out.append("</g>")
     x = _LEFT
     for item in panel.items:
@@ -334,7 +350,8 @@ def _pieces(xs: np.ndarray, ys: np.ndarray, px, py) -> list[str]:
     cuts = np.flatnonzero(np.diff(known.astype(int))) + 1
     return [
         _filled("%.1f,%.1f ", part)
-        for part, good in zip(np.split(pixels, cuts), np.split(known, cuts)) if len(part) and good[0]
+        for part, good in zip(np.split(pixels, cuts), np.split(known, cuts))
+        if len(part) and good[0]
     ]
 
 
@@ -348,13 +365,16 @@ def _matplotlib_panel(axes, panel: Panel) -> None:
     for item in panel.items:
         style = {"color": COLOURS[item.role], "label": item.label or None}
         if isinstance(item, Line):
-            axes.plot(*_thin(_array(item.xs), _array(item.ys)), linestyle="--" if item.dashed else "-", linewidth=1.5, **style)
+            axes.plot(
+                *_thin(_array(item.xs), _array(item.ys)), linestyle="--" if item.dashed else "-", linewidth=1.5, **style
+            )
         elif isinstance(item, Band):
             axes.fill_between(_array(item.xs), _array(item.low), _array(item.high), alpha=0.2, linewidth=0, **style)
         elif isinstance(item, Points):
             size = 14 if item.cross else 8 if len(item.xs) > 30 else 28
-            axes.scatter(item.xs, item.ys, s=size, marker="x" if item.cross else "o",
-                         linewidths=1 if item.cross else 0, **style)
+            axes.scatter(
+                item.xs, item.ys, s=size, marker="x" if item.cross else "o", linewidths=1 if item.cross else 0, **style
+            )
         elif isinstance(item, Bars):
             axes.stairs(item.heights, item.edges, fill=True, alpha=0.45, **style)
             axes.stairs(item.heights, item.edges, linewidth=1, color=style["color"])

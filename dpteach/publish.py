@@ -1,8 +1,8 @@
 """Where the workbook is published: the badges "Open in Colab", and the cell that sets a notebook up.
 
-``python -m dpteach.publish OWNER/REPO`` writes the GitHub repository's address into ``pyproject.toml``, and from there into
-each notebook's opening and set-up cell and into the README. Without an argument it applies the address that is there,
-as for a new notebook. Run it in a clone; then run ``.ci/execute``.
+``python -m dpteach.publish OWNER/REPO`` writes the GitHub repository's address into ``pyproject.toml``, and from there
+into each notebook's opening and set-up cell and into the README. Without an argument it applies the address that is
+there, as for a new notebook. Run it in a clone; then run ``.ci/execute``.
 """
 
 import re
@@ -27,7 +27,9 @@ def badge(repository: str, notebook: str) -> str:
     if notebook in NOT_ON_COLAB:
         return NOT_ON_COLAB[notebook]
     site = "https://colab.research.google.com"
-    return f"[![Open in Colab]({site}/assets/colab-badge.svg)]({site}/github/{repository}/blob/main/notebooks/{notebook})"
+    return (
+        f"[![Open in Colab]({site}/assets/colab-badge.svg)]({site}/github/{repository}/blob/main/notebooks/{notebook})"
+    )
 
 
 def set_up_cell(repository: str) -> str:
@@ -63,7 +65,9 @@ def publish(repository: str, root: Path = ROOT) -> None:
         raise ValueError(f"repository must be of the form OWNER/REPO, as on GitHub, got {repository!r}")
     paths = sorted((root / "notebooks").glob("*.ipynb"))
     if not paths or not (root / "pyproject.toml").exists():
-        raise FileNotFoundError(f"no workbook in {root}: run this command in a clone of the repository, installed with pip -e")
+        raise FileNotFoundError(
+            f"no workbook in {root}: run this command in a clone of the repository, installed with pip -e"
+        )
     _rewrite(root / "pyproject.toml", lambda text: _ADDRESS.sub(rf"\g<1>{repository}\g<3>", text))
     _rewrite(root / "README.md", lambda text: with_badge(text, badge(repository, paths[0].name)))
     for path in paths:

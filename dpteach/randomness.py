@@ -1,7 +1,7 @@
 """Random numbers that nobody can repeat: for a model that leaves the house.
 
-A ``torch.Generator`` on the CPU keeps 32 bits of its seed and is a Mersenne Twister: right for a lesson, which must repeat,
-and wrong for a release, since whoever finds the seed subtracts the noise.
+A ``torch.Generator`` on the CPU keeps 32 bits of its seed and is a Mersenne Twister: right for a lesson, which must
+repeat, and wrong for a release, since whoever finds the seed subtracts the noise.
 """
 
 import math
@@ -26,8 +26,8 @@ class SystemRandom:
     def normal(self, n: int) -> Tensor:
         """``(n,)`` float64 from N(0, 1).
 
-        Two numbers of 53 bits make each two of these. Round the *noised* sum to float32, not the noise: the rounding then
-        hides which sums float64 could have reached (Mironov 2012; Jin et al. 2022).
+        Two numbers of 53 bits make each two of these. Round the *noised* sum to float32, not the noise: the rounding
+        then hides which sums float64 could have reached (Mironov 2012; Jin et al. 2022).
 
         Source: Box and Muller 1958.
         """

@@ -20,10 +20,26 @@ from dpteach.accounting import epsilon_path
 from dpteach.bookkeeping import draws, known_layers
 from dpteach.data import Data
 from dpteach.guards import (
-    RANDOM_STATE, check_alone, check_model, check_trainable, copied, kept_still, put_modes, same_shape, shape_of, training_modes,
+    RANDOM_STATE,
+    check_alone,
+    check_model,
+    check_trainable,
+    copied,
+    kept_still,
+    put_modes,
+    same_shape,
+    shape_of,
+    training_modes,
     vouch,
 )
-from dpteach.mechanism import Random, add_noise, clipped_sum_and_losses, per_sample_gradients, poisson_batches, sample_losses
+from dpteach.mechanism import (
+    Random,
+    add_noise,
+    clipped_sum_and_losses,
+    per_sample_gradients,
+    poisson_batches,
+    sample_losses,
+)
 from dpteach.randomness import SystemRandom
 
 METHODS = ("sgd", "dpsgd", "opacus")
@@ -76,8 +92,8 @@ class Settings:
             with probability q = 1 / ⌈n / batch_size⌉, so the *expected* batch is n·q, the sizes vary.
         lr: learning rate > 0.
         target_delta: δ in (0, 1), the one at which ε is reported.
-        seed: >= 0; the same seed repeats the run bit for bit on one machine: for a lesson. None draws sampling and noise
-            from the operating system's cryptographic random numbers, which nobody can repeat: for a release.
+        seed: >= 0; the same seed repeats the run bit for bit on one machine: for a lesson. None draws sampling and
+            noise from the operating system's cryptographic random numbers, which nobody can repeat: for a release.
 
     Raises:
         ValueError: names the argument, its value and what it may be.
@@ -112,7 +128,7 @@ class Settings:
         return math.ceil(n / self.batch_size)
 
     def sample_rate(self, n: int) -> float:
-        """q for ``n`` records: one over the number of steps in an epoch, as in Opacus."""
+        """Q for ``n`` records: one over the number of steps in an epoch, as in Opacus."""
         return 1 / self.steps_per_epoch(n)
 
 
@@ -150,7 +166,8 @@ def train(
     """Train ``model`` in place, one :class:`Step` at a time. Nothing runs until the first step is asked for.
 
     Args:
-        model: maps ``(B, ...)`` records to ``(B, classes)`` scores; the loss is cross-entropy. On whichever device it is.
+        model: maps ``(B, ...)`` records to ``(B, classes)`` scores; the loss is cross-entropy. On whichever device it
+            is.
         data: the private records; copied to the model's device.
         settings: σ, C, epochs, and so on.
         method: ``"sgd"`` (shuffled batches, no privacy), ``"dpsgd"`` (the four moves of ``mechanism``), or ``"opacus"``
@@ -163,8 +180,8 @@ def train(
         :class:`Step`, ``epochs * steps_per_epoch`` of them.
 
     Raises:
-        ValueError: at the call, if an argument is out of its range, or the model can't be trained privately: it has nothing to
-            train, mixes the samples of a batch, or keeps something of the records that no noise covers (see
+        ValueError: at the call, if an argument is out of its range, or the model can't be trained privately: it has
+            nothing to train, mixes the samples of a batch, or keeps something of the records that no noise covers (see
             :mod:`dpteach.guards`).
 
     Warns:
@@ -192,7 +209,9 @@ def check(model: nn.Module, data: Data, settings: Settings, *, method: str = "dp
         few = data.take(torch.linspace(0, len(data) - 1, min(3, len(data))).long())
         few = Data(few.X.to(device), few.y.to(device))
         with RANDOM_STATE, torch.random.fork_rng(), torch.no_grad():
-            sample_losses(F.cross_entropy, model(few.X.clone()), few.y)  # a record that doesn't fit, before anything is charged
+            sample_losses(
+                F.cross_entropy, model(few.X.clone()), few.y
+            )  # a record that doesn't fit, before anything is charged
         if method == "opacus":
             _check_gradients(model, few.X, few.y)
     finally:
@@ -226,9 +245,14 @@ def _run(model, data, settings, updates, make_optimizer, test_data) -> Iterator[
     device = next(model.parameters()).device
     data = Data(data.X.to(device), data.y.to(device))
     path = (
-        np.full(steps, math.inf) if updates is _sgd
-        else epsilon_path(noise_multiplier=settings.noise_multiplier, sample_rate=settings.sample_rate(len(data)),
-                          steps=steps, target_delta=settings.target_delta)
+        np.full(steps, math.inf)
+        if updates is _sgd
+        else epsilon_path(
+            noise_multiplier=settings.noise_multiplier,
+            sample_rate=settings.sample_rate(len(data)),
+            steps=steps,
+            target_delta=settings.target_delta,
+        )
     )
     if updates is _sgd:
         model.train()
@@ -275,8 +299,9 @@ def _seeds(seed: int | None) -> list[int]:
 def _own_random_numbers(model: nn.Module, seed: int | None):
     """A context for each forward pass: Dropout draws from the run's own stream, and the reader's global one stays where it was.
 
-    PyTorch's layers know the global stream only, so it is swapped, where the model may draw at all, by one run at a time. Code of
-    the reader's that draws from the global stream in another thread at that moment gets the run's numbers.
+    PyTorch's layers know the global stream only, so it is swapped, where the model may draw at all, by one run at a
+    time. Code of the reader's that draws from the global stream in another thread at that moment gets the run's
+    numbers.
     """
     device = next(model.parameters()).device
     own = {"cpu": torch.Generator().manual_seed(_seeds(seed)[2]).get_state()}
@@ -355,12 +380,15 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
         warnings.filterwarnings("ignore", message="Secure RNG turned off")
         engine = PrivacyEngine(accountant="rdp")
     private, optimizer, _ = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader, noise_generator=seeded,
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_generator=seeded,
         noise_multiplier=settings.noise_multiplier,
         max_grad_norm=min(settings.max_grad_norm, torch.finfo(torch.float32).max),  # σ·C would be 0·inf = NaN
     )
-    # Opacus rounds n·q down, to 3 for 10/3 and to 0 for 49 · (1/49). Its loader, which is not used here, rounds 1/q down (92
-    # steps where 93 were meant) and draws q on a grid of 2⁻²⁴.
+    # Opacus rounds n·q down, to 3 for 10/3 and to 0 for 49 · (1/49). Its loader, which is not used here, rounds 1/q
+    # down (92 steps where 93 were meant) and draws q on a grid of 2⁻²⁴.
     q = settings.sample_rate(n)
     optimizer.expected_batch_size = n * q
     if settings.seed is None:
@@ -370,12 +398,15 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
         for batch in poisson_batches(n, q, settings.epochs * settings.steps_per_epoch(n), sampling):
             X, y = data[batch]
             if not same_shape(shape, shape_of(model)):
-                raise ValueError("model must stay as it is while Opacus trains it: a layer or a hook has changed since the run began")
+                raise ValueError(
+                    "model must stay as it is while Opacus trains it: a layer or a hook has changed since the run began"
+                )
             if len(batch):
                 with kept_still(model):
                     with own_random_numbers():
                         losses = sample_losses(F.cross_entropy, private(X), y)
-                    # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it does not ignore.
+                    # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it
+                    # does not ignore.
                     (losses.sum() / len(X)).backward()
                 _check_rows(optimizer, len(X))
             else:  # some layers can't run on nothing, and that would tell
@@ -383,12 +414,17 @@ def _opacus(model, data, settings, optimizer) -> Iterator[float]:
                 for p in optimizer.params:
                     p.grad_sample = p.new_zeros(0, *p.shape)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # the clipped sum, without noise, is kept on the parameters until then
+            optimizer.zero_grad(
+                set_to_none=True
+            )  # the clipped sum, without noise, is kept on the parameters until then
             yield losses.mean().item()
     finally:
         private.to_standard_module()
         model.zero_grad(set_to_none=True)
-        for part, names in ((model.parameters(), ("grad_sample", "summed_grad")), (model.modules(), ("activations", "max_batch_len"))):
+        for part, names in (
+            (model.parameters(), ("grad_sample", "summed_grad")),
+            (model.modules(), ("activations", "max_batch_len")),
+        ):
             for holder in part:
                 for name in names:  # of the records, and pickled with a whole model
                     if name in vars(holder):
@@ -402,7 +438,10 @@ def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
     from opacus import GradSampleModule
 
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        raise ValueError("model must be float32 or float64 with method='opacus', which sums in the model's precision: use model.float()")
+        raise ValueError(
+            "model must be float32 or float64 with method='opacus', which sums in the model's precision: use "
+            "model.float()"
+        )
     finite = X.reshape(len(X), -1).isfinite().all(1)
     X, y = X[finite], y[finite]
     if len(X) == 0:
@@ -417,13 +456,17 @@ def _check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
     with torch.enable_grad():
         (sample_losses(F.cross_entropy, wrapped(X.clone()), y).sum() / len(X)).backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    theirs = [p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained]
+    theirs = [
+        p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained
+    ]
     if any(len(part) != len(X) for part in theirs) or not torch.allclose(
         torch.cat(theirs, 1), rows, rtol=1e-3, atol=1e-4 * float(rows.nan_to_num().abs().max()) + 1e-12, equal_nan=True
     ):
         raise ValueError(
-            "model must treat each sample alone along the first dimension in every layer, but Opacus' gradients of three records are "
-            "not those of each record alone: clipping would bound something else. Use method='dpsgd', which takes each record alone."
+            "model must treat each sample alone along the first dimension in every layer, but Opacus' gradients of "
+            "three records are "
+            "not those of each record alone: clipping would bound something else. Use method='dpsgd', which takes "
+            "each record alone."
         )
 
 
@@ -436,7 +479,8 @@ def _check_rows(optimizer, records: int) -> None:
             p.grad_sample = p.new_zeros(records, *p.shape)
         if len(p.grad_sample) != records:
             raise ValueError(
-                f"model must treat each sample alone, but Opacus found {len(p.grad_sample)} gradients for {records} records: a layer sees "
+                f"model must treat each sample alone, but Opacus found {len(p.grad_sample)} gradients for {records} "
+                "records: a layer sees "
                 "another first dimension. Use method='dpsgd', which takes each record alone."
             )
     finite = torch.stack([p.grad_sample.flatten(1).isfinite().all(1) for p in optimizer.params]).all(0)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 import hypothesis
 import pytest
 import torch
-
 from lab import chromium, lab_server
 
 torch.set_num_threads(1)  # toy models: more threads are slower, and a second core may belong to someone else

@@ -4,8 +4,8 @@ A wait ends as soon as its condition holds, and gives up after a time that grows
 see :func:`slowness`. What the tests know about JupyterLab stands here:
 
 - Right after a page has loaded, Lab swallows Shift+Enter: cells are run by Lab's own commands, from inside the page.
-- A promise of Lab's stayed open for ever (once, with Lab 4.2.0 on a busy machine; which one is not known): none is waited for
-  without a limit.
+- A promise of Lab's stayed open for ever (once, with Lab 4.2.0 on a busy machine; which one is not known): none is
+  waited for without a limit.
 - Lab answers a slider's value with its own rounding of it: 1.0000000000000002.
 - An explorer trains in a thread named ``dpteach-train``; ``dpteach-price``, for the tight ε, may outlive it by seconds.
 """
@@ -26,10 +26,17 @@ import pytest
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 CHROMIUM_ARGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
     # Two tabs at once: Chromium slows down one that it takes to be hidden.
-    "--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows",
+    "--disable-background-timer-throttling",
+    "--disable-renderer-backgrounding",
+    "--disable-backgrounding-occluded-windows",
 ]
 TRAINERS = "print(sum(t.name == 'dpteach-train' for t in __import__('threading').enumerate()))"
 
@@ -85,16 +92,30 @@ def lab_server(folder: Path):
     """JupyterLab over ``folder`` on a free loopback port, with settings of its own; yields the address, ends the server."""
     home = folder / ".home"
     env = {
-        **os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
         "IPYTHONDIR": str(home / "ipython"),
     }
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--ip=127.0.0.1", "--IdentityProvider.token=dpteach",
-        f"--ServerApp.root_dir={folder}", "--expose-app-in-browser", "--allow-root", "--LabApp.news_url=None",
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--port=0",
+        "--ip=127.0.0.1",
+        "--IdentityProvider.token=dpteach",
+        f"--ServerApp.root_dir={folder}",
+        "--expose-app-in-browser",
+        "--allow-root",
+        "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
-    with running(command, env, folder / "lab.log", lambda: told_address(home / "runtime", "jpserver-*.json")) as address:
+    with running(
+        command, env, folder / "lab.log", lambda: told_address(home / "runtime", "jpserver-*.json")
+    ) as address:
         yield address
 
 
@@ -158,8 +179,12 @@ class LabPage:
         return self
 
     def _wait_for_kernel(self, name: str) -> None:
-        self.page.wait_for_function(f"""name => window.jupyterapp && {NOTEBOOK}?.context?.path === name
-            && {NOTEBOOK}.sessionContext?.session?.kernel?.status === 'idle'""", arg=name, timeout=90_000 * slowness())
+        self.page.wait_for_function(
+            f"""name => window.jupyterapp && {NOTEBOOK}?.context?.path === name
+            && {NOTEBOOK}.sessionContext?.session?.kernel?.status === 'idle'""",
+            arg=name,
+            timeout=90_000 * slowness(),
+        )
 
     def reload(self) -> "LabPage":
         """What the browser's reload button does, after a save."""
@@ -192,7 +217,9 @@ class LabPage:
 
     def end_kernel(self) -> None:
         """A training that goes on would slow down the next test."""
-        self.page.evaluate(f"() => Promise.race([{NOTEBOOK}.sessionContext.shutdown(), new Promise(go => setTimeout(go, 30_000))])")
+        self.page.evaluate(
+            f"() => Promise.race([{NOTEBOOK}.sessionContext.shutdown(), new Promise(go => setTimeout(go, 30_000))])"
+        )
 
     def close(self) -> None:
         self.end_kernel()
@@ -213,11 +240,14 @@ class LabPage:
 
     def look_at(self, index: int) -> "LabPage":
         """From here on, this cell's explorer is meant."""
-        name = self.page.evaluate(f"""async i => {{
+        name = self.page.evaluate(
+            f"""async i => {{
             const book = {NOTEBOOK}.content, name = `${{{NOTEBOOK}.context.path}} ${{i}}`;
             await Promise.race([book.scrollToItem(i, 'start'), new Promise(go => setTimeout(go, 3000))]);
             book.widgets[i].node.setAttribute('data-cell', name);
-            return name; }}""", index)
+            return name; }}""",
+            index,
+        )
         self.cell = self.page.locator(f".jp-Notebook .jp-Cell[data-cell='{name}']")
         return self
 
@@ -237,7 +267,9 @@ class LabPage:
         """Wait for a frame ``f`` (number ``i`` of ``all``) that meets the JavaScript ``condition``; when it came, in ms."""
         try:
             handle = self.page.wait_for_function(
-                f"() => window.frames_seen.find((f, i, all) => {condition})", timeout=1000 * timeout * slowness(), polling=10
+                f"() => window.frames_seen.find((f, i, all) => {condition})",
+                timeout=1000 * timeout * slowness(),
+                polling=10,
             )
         except Exception as error:
             last = {k: v for k, v in self.frames()[-1].items() if k != "picture"}

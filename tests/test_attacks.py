@@ -117,7 +117,7 @@ def test_mislabel_changes_the_share_asked_for_and_always_to_another_label():
     assert int(changed.sum()) == 100
     assert torch.equal(changed_data.y != data.y, changed)
     assert torch.equal(data.y, kept)
-    assert 0 <= changed_data.y.min() and changed_data.y.max() <= 9
+    assert changed_data.y.min() >= 0 and changed_data.y.max() <= 9
     assert len(((changed_data.y - data.y) % 10)[changed].unique()) == 9  # every other label occurs
 
 
@@ -166,23 +166,26 @@ def test_an_auc_of_one_half_can_hide_members_that_are_found_for_certain():
     assert true_positive_rate_at(members, non_members, false_positive_rate=0.0) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("call, name", [
-    (lambda: membership_scores(torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "logits"),
-    (lambda: membership_scores(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), "logits"),
-    (lambda: membership_scores(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), "labels"),
-    (lambda: membership_scores(torch.zeros(3, 2), torch.zeros(3)), "labels"),
-    (lambda: membership_scores(torch.zeros(3, 2), torch.tensor([0, 1, 2])), "labels"),
-    (lambda: membership_scores(torch.zeros(3, 2), torch.tensor([0, 1, -1])), "labels"),
-    (lambda: roc_curve([], [1.0]), "member_scores"),
-    (lambda: roc_curve([1.0], []), "non_member_scores"),
-    (lambda: auc([1.0], [float("nan")]), "non_member_scores"),
-    (lambda: auc(torch.zeros(2, 2), [1.0]), "member_scores"),
-    (lambda: true_positive_rate_at([1.0], [0.0], false_positive_rate=1.5), "false_positive_rate"),
-    (lambda: mislabel(records(9), share=1.5, classes=10), "share"),
-    (lambda: mislabel(records(9), share=0.1, classes=1), "classes"),
-    (lambda: mislabel(records(90), share=0.1, classes=2), "data.y"),
-    (lambda: mislabel(records(9), share=0.1, classes=10, seed=-1), "seed"),
-])
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: membership_scores(torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "logits"),
+        (lambda: membership_scores(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), "logits"),
+        (lambda: membership_scores(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), "labels"),
+        (lambda: membership_scores(torch.zeros(3, 2), torch.zeros(3)), "labels"),
+        (lambda: membership_scores(torch.zeros(3, 2), torch.tensor([0, 1, 2])), "labels"),
+        (lambda: membership_scores(torch.zeros(3, 2), torch.tensor([0, 1, -1])), "labels"),
+        (lambda: roc_curve([], [1.0]), "member_scores"),
+        (lambda: roc_curve([1.0], []), "non_member_scores"),
+        (lambda: auc([1.0], [float("nan")]), "non_member_scores"),
+        (lambda: auc(torch.zeros(2, 2), [1.0]), "member_scores"),
+        (lambda: true_positive_rate_at([1.0], [0.0], false_positive_rate=1.5), "false_positive_rate"),
+        (lambda: mislabel(records(9), share=1.5, classes=10), "share"),
+        (lambda: mislabel(records(9), share=0.1, classes=1), "classes"),
+        (lambda: mislabel(records(90), share=0.1, classes=2), "data.y"),
+        (lambda: mislabel(records(9), share=0.1, classes=10, seed=-1), "seed"),
+    ],
+)
 def test_a_bad_argument_is_named(call, name):
     with pytest.raises(ValueError, match=rf"^{name} must"):
         call()

@@ -6,10 +6,10 @@ import statistics
 import time
 
 import pytest
-
 from lab import NOTEBOOK, new_notebook, new_page, slowness
 
-# On a quiet machine the medians are below 300 ms and 200 ms; the tests print them. Multiplied by the machine's slowness.
+# On a quiet machine the medians are below 300 ms and 200 ms; the tests print them. Multiplied by the machine's
+# slowness.
 SLOWEST_FRAME, SLOWEST_STOP = 600, 400
 
 EXPLORER = """
@@ -34,11 +34,15 @@ def opened(lab_folder, address, browser):
 @pytest.fixture
 def lab(opened):
     """The explorer, training from its start with its first settings."""
-    opened.execute("explorer.stop(); explorer.wait()\n"
-                   "for name in explorer.controls: explorer.controls[name].value = getattr(explorer._start_settings, name)\n"
-                   "explorer.stop(); explorer.wait(); explorer.start()")
+    opened.execute(
+        "explorer.stop(); explorer.wait()\n"
+        "for name in explorer.controls: explorer.controls[name].value = getattr(explorer._start_settings, name)\n"
+        "explorer.stop(); explorer.wait(); explorer.start()"
+    )
     opened.watch()
-    opened.until(r"/^Training: step \d\d?\d? of 4800/.test(f.status) && f.alt.startsWith('σ = 0.77, C = 1.3, 600 epochs')")
+    opened.until(
+        r"/^Training: step \d\d?\d? of 4800/.test(f.status) && f.alt.startsWith('σ = 0.77, C = 1.3, 600 epochs')"
+    )
     opened.watch()
     return opened
 
@@ -62,7 +66,10 @@ def ended(lab) -> None:
 def answers_a_drag(lab) -> None:
     pressed = lab.now()
     lab.drag("noise multiplier", [0.3 if lab.place("noise multiplier") > 0.5 else 0.7])
-    lab.until(f"f.ms > {pressed} && f.alt.startsWith('σ = {float(lab.readout('noise multiplier')):.3g},') && f.status.startsWith('Training')")
+    lab.until(
+        f"f.ms > {pressed} && f.alt.startsWith('σ = {float(lab.readout('noise multiplier')):.3g},') && "
+        "f.status.startsWith('Training')"
+    )
 
 
 def test_frames_follow_each_other_while_training_runs(lab):
@@ -79,11 +86,15 @@ def test_a_dragged_slider_shows_in_a_new_frame_within_a_moment(lab):
         before = lab.frames()[-1]
         lab.drag("noise multiplier", [0.2 + 0.06 * k])
         let_go = lab.now()
-        shown = lab.until(f"f.ms > {let_go} && !f.alt.startsWith('σ = {sigma(before):.3g},') && f.status.startsWith('Training')")
+        shown = lab.until(
+            f"f.ms > {let_go} && !f.alt.startsWith('σ = {sigma(before):.3g},') && f.status.startsWith('Training')"
+        )
         waits.append(shown - let_go)
         slow.append(slowness())
-    print(f"\nslider to new frame: median {statistics.median(waits):.0f} ms, {min(waits):.0f} to {max(waits):.0f}, "
-          f"on a machine {statistics.median(slow):.1f} times slower than a quiet one")
+    print(
+        f"\nslider to new frame: median {statistics.median(waits):.0f} ms, {min(waits):.0f} to {max(waits):.0f}, "
+        f"on a machine {statistics.median(slow):.1f} times slower than a quiet one"
+    )
     assert statistics.median(waits) <= SLOWEST_FRAME * statistics.median(slow), waits
     show_sigma_of_readout(lab)
 
@@ -100,8 +111,10 @@ def test_stop_stops_at_once_and_no_frame_follows(lab):
         again = lab.now()
         lab.click("Start")
         lab.until(f"f.ms > {again} && f.status.startsWith('Training')")
-    print(f"\nStop: median {statistics.median(waits):.0f} ms, {min(waits):.0f} to {max(waits):.0f}, "
-          f"on a machine {statistics.median(slow):.1f} times slower than a quiet one")
+    print(
+        f"\nStop: median {statistics.median(waits):.0f} ms, {min(waits):.0f} to {max(waits):.0f}, "
+        f"on a machine {statistics.median(slow):.1f} times slower than a quiet one"
+    )
     assert statistics.median(waits) <= SLOWEST_STOP * statistics.median(slow), waits
 
 
@@ -138,7 +151,9 @@ def show_all_sliders(lab) -> None:
         lab.slider("batch size").wait_for()
 
 
-@pytest.mark.parametrize("typed, shown", [("4", "4.00"), ("3.14159", "3.14159"), ("0.123456789", "0.123"), ("100", "10.0")])
+@pytest.mark.parametrize(
+    "typed, shown", [("4", "4.00"), ("3.14159", "3.14159"), ("0.123456789", "0.123"), ("100", "10.0")]
+)
 def test_a_typed_value_runs_as_typed_and_the_readout_says_it(lab, typed, shown):
     lab.type("noise multiplier", typed)
     lab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {float(shown):g},')")
@@ -148,7 +163,10 @@ def test_a_typed_value_runs_as_typed_and_the_readout_says_it(lab, typed, shown):
 
 def test_a_value_set_by_code_is_what_runs_and_what_the_page_shows(lab):
     show_all_sliders(lab)
-    lab.execute("for name, value in (('noise_multiplier', 8.0), ('batch_size', 1000), ('lr', 0.3)): explorer.controls[name].value = value")
+    lab.execute(
+        "for name, value in (('noise_multiplier', 8.0), ('batch_size', 1000), ('lr', 0.3)): "
+        "explorer.controls[name].value = value"
+    )
     lab.until("f.alt.startsWith('σ = 8,')")
     for words, shown in (("noise multiplier", "8.00"), ("batch size", "1000"), ("learning rate", "0.300")):
         assert lab.still_to_be(words, shown)
@@ -160,10 +178,14 @@ def test_a_dragged_value_runs_as_its_readout_says(lab):
     show_all_sliders(lab)
     for words in ("noise multiplier", "clipping norm", "learning rate", "batch size"):
         lab.drag(words, [0.35, 0.617])
-    shown = [float(lab.readout(words)) for words in ("noise multiplier", "clipping norm", "learning rate", "batch size")]
+    shown = [
+        float(lab.readout(words)) for words in ("noise multiplier", "clipping norm", "learning rate", "batch size")
+    ]
     lab.until(f"i === all.length - 1 && f.alt.startsWith('σ = {shown[0]:g}, C = {shown[1]:g},')")
     names = ("noise_multiplier", "max_grad_norm", "lr", "batch_size")
-    deadline = time.monotonic() + 15  # the picture's words say σ and C; the last slider's change may still be on its way
+    deadline = (
+        time.monotonic() + 15
+    )  # the picture's words say σ and C; the last slider's change may still be on its way
     while time.monotonic() < deadline:
         running = ast.literal_eval(lab.execute("print(vars(explorer._run.settings))"))
         if [running[name] for name in names] == shown:
@@ -177,21 +199,30 @@ def test_run_all_with_two_explorers_trains_each_once(lab_folder, address, browse
     """The page's own rounding of the first one's values comes late, while the second one is at work."""
     cells = ["import torch\nfrom dpteach import Explorer, Range, Settings, models, two_moons\ntorch.set_num_threads(1)"]
     for name, epochs in (("first", 2), ("second", 300)):
-        cells += [f"{name} = Explorer(two_moons(2000), models.mlp, Settings(0.77, 1.3, epochs={epochs}, lr=2.0, batch_size=250), "
-                  f"ranges={{'epochs': Range(1, 1000, whole=True)}})\n{name}", f"{name}.wait()\nprint({name}.summary())"]
+        cells += [
+            f"{name} = Explorer(two_moons(2000), models.mlp, Settings(0.77, 1.3, epochs={epochs}, lr=2.0, "
+            "batch_size=250), "
+            f"ranges={{'epochs': Range(1, 1000, whole=True)}})\n{name}",
+            f"{name}.wait()\nprint({name}.summary())",
+        ]
     lab = new_page(browser).open(address, new_notebook(lab_folder, "two.ipynb", *cells)).run_all()
     lab.look_at(1).watch()
     lab.click("More:")
     lab.slider("batch size").wait_for()
     lab.page.wait_for_timeout(1500)
-    assert lab.execute("print(first._generation, second._generation)").split() == ["2", "1"]  # the second's start was a halt
+    assert lab.execute("print(first._generation, second._generation)").split() == [
+        "2",
+        "1",
+    ]  # the second's start was a halt
     assert lab.frames()[-1]["status"].startswith("Finished") and "(PRV" in lab.cell.inner_text()
     lab.close()
 
 
 def test_the_picture_speaks_its_figures(lab):
-    lab.until(r"/σ = 0.77, C = 1.3, 600 epochs. Loss by step: \d\.\d at the end/.test(f.alt)"
-              r" && /ε by step: at most [\d.]+ after step \d+ of 4800/.test(f.alt)")
+    lab.until(
+        r"/σ = 0.77, C = 1.3, 600 epochs. Loss by step: \d\.\d at the end/.test(f.alt)"
+        r" && /ε by step: at most [\d.]+ after step \d+ of 4800/.test(f.alt)"
+    )
 
 
 def test_a_wrong_setting_is_one_sentence_in_the_status_line(lab):
@@ -263,7 +294,10 @@ def test_after_a_restart_of_the_kernel_the_cell_runs_again(lab):
     assert "Traceback" not in lab.cell.inner_text() and lab.failures() == []
     left = lab.cell.locator(".dpteach").first
     lab.page.wait_for_function("() => !document.querySelector('.dpteach button')?.checkVisibility()")
-    assert left.inner_text().strip() == "The kernel was restarted or has ended. Run this cell again, and the cells above it first."
+    assert (
+        left.inner_text().strip()
+        == "The kernel was restarted or has ended. Run this cell again, and the cells above it first."
+    )
     icons = "box => [box, ...box.querySelectorAll('*')].filter(e => e.checkVisibility() && getComputedStyle(e, '::before').content !== 'none')"
     assert left.evaluate(f"box => ({icons})(box).length") == 0
     lab.run_cell().watch()

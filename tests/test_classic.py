@@ -50,11 +50,26 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classic")
     new_notebook(folder, "explorer.ipynb", EXPLORER)
     home = folder / ".home"
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
-           "IPYTHONDIR": str(home / "ipython")}
-    command = [sys.executable, "-m", "notebook", "--no-browser", f"--port={free_port()}", "--ip=127.0.0.1", "--allow-root",
-               "--NotebookApp.token=dpteach", f"--notebook-dir={folder}"]  # with port 0, Notebook 6 does not say which it got
-    with running(command, env, folder / "notebook.log", lambda: told_address(home / "runtime", "nbserver-*.json")) as address:
+    env = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "IPYTHONDIR": str(home / "ipython"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "notebook",
+        "--no-browser",
+        f"--port={free_port()}",
+        "--ip=127.0.0.1",
+        "--allow-root",
+        "--NotebookApp.token=dpteach",
+        f"--notebook-dir={folder}",
+    ]  # with port 0, Notebook 6 does not say which it got
+    with running(
+        command, env, folder / "notebook.log", lambda: told_address(home / "runtime", "nbserver-*.json")
+    ) as address:
         yield address
 
 
@@ -66,9 +81,13 @@ def page(address):
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{address}notebooks/explorer.ipynb?token=dpteach")
-        page.wait_for_function("() => { const n = window.Jupyter?.notebook; "
-                               "return n?.kernel?.is_connected() && n.kernel.widget_manager && !n.kernel_busy; }")
-        page.wait_for_timeout(2000)  # the page asks the kernel for widgets that are there already, and hears no new ones
+        page.wait_for_function(
+            "() => { const n = window.Jupyter?.notebook; "
+            "return n?.kernel?.is_connected() && n.kernel.widget_manager && !n.kernel_busy; }"
+        )
+        page.wait_for_timeout(
+            2000
+        )  # the page asks the kernel for widgets that are there already, and hears no new ones
         page.evaluate("() => Jupyter.notebook.execute_all_cells()")
         page.locator("#notebook svg[role=img]").first.wait_for()
         page.evaluate(WATCH)
@@ -97,7 +116,11 @@ def slider(page, words):
 def test_frames_move_in_classic_notebook(page):
     assert importlib.metadata.version("ipywidgets").startswith("7.")
     page.wait_for_function("() => new Set(window.frames_seen.map(f => f.status)).size >= 8")
-    steps = [int(m.group(1)) for f in page.evaluate("() => window.frames_seen") if (m := re.search(r"step (\d+) of", f["status"]))]
+    steps = [
+        int(m.group(1))
+        for f in page.evaluate("() => window.frames_seen")
+        if (m := re.search(r"step (\d+) of", f["status"]))
+    ]
     assert len(set(steps)) >= 7 and steps == sorted(steps)
 
 

@@ -50,19 +50,34 @@ def ciede2000(one: np.ndarray, other: np.ndarray) -> float:
     dl, dc, dh = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn / 2))
     mid_l, mid_c = (l1 + l2) / 2, (c1 + c2) / 2
     mid_h = np.radians((h1 + turn / 2) % 360 if c1 * c2 else h1 + h2)
-    t = (1 - 0.17 * np.cos(mid_h - np.radians(30)) + 0.24 * np.cos(2 * mid_h) + 0.32 * np.cos(3 * mid_h + np.radians(6))
-         - 0.2 * np.cos(4 * mid_h - np.radians(63)))
-    sl, sc, sh = 1 + 0.015 * (mid_l - 50) ** 2 / np.sqrt(20 + (mid_l - 50) ** 2), 1 + 0.045 * mid_c, 1 + 0.015 * mid_c * t
+    t = (
+        1
+        - 0.17 * np.cos(mid_h - np.radians(30))
+        + 0.24 * np.cos(2 * mid_h)
+        + 0.32 * np.cos(3 * mid_h + np.radians(6))
+        - 0.2 * np.cos(4 * mid_h - np.radians(63))
+    )
+    sl, sc, sh = (
+        1 + 0.015 * (mid_l - 50) ** 2 / np.sqrt(20 + (mid_l - 50) ** 2),
+        1 + 0.045 * mid_c,
+        1 + 0.015 * mid_c * t,
+    )
     around_blue = np.radians(60) * np.exp(-(((np.degrees(mid_h) - 275) / 25) ** 2))
     rt = -2 * np.sqrt(mid_c**7 / (mid_c**7 + 25**7)) * np.sin(around_blue)
     return float(np.sqrt((dl / sl) ** 2 + (dc / sc) ** 2 + (dh / sh) ** 2 + rt * dc / sc * dh / sh))
 
 
-@pytest.mark.parametrize(("one", "other", "published"), [
-    ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425), ((50, 2.5, 0), (73, 25, -18), 27.1492),
-    ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644), ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082),
-    ((50, -1, 2), (50, 0, 0), 2.3669), ((22.7233, 20.0904, -46.6940), (23.0331, 14.9730, -42.5619), 2.0373),
-])
+@pytest.mark.parametrize(
+    ("one", "other", "published"),
+    [
+        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+        ((50, 2.5, 0), (73, 25, -18), 27.1492),
+        ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+        ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082),
+        ((50, -1, 2), (50, 0, 0), 2.3669),
+        ((22.7233, 20.0904, -46.6940), (23.0331, 14.9730, -42.5619), 2.0373),
+    ],
+)
 def test_the_colour_difference_gives_its_authors_published_values(one, other, published):
     assert ciede2000(one, other) == pytest.approx(published, abs=1e-4)
 
@@ -79,15 +94,18 @@ def test_any_two_colours_can_be_told_apart(eyes):
     assert {pair: d for pair, d in apart.items() if d < APART} == {}
 
 
-@pytest.mark.parametrize(("items", "same"), [
-    ([Line([], [], "private", "a"), Line([], [], "private", "b")], True),
-    ([Line([], [], "non-private", "a"), Line([], [], "other worker", "b")], True),
-    ([Points([], [], "data", "a"), Points([], [], "data", "b")], True),
-    ([Line([], [], "private", "a"), Line([], [], "private", "b", dashed=True)], False),
-    ([Points([], [], "data", "a"), Points([], [], "data", "b", cross=True)], False),
-    ([Line([], [], "private", "a"), Points([], [], "private", "b")], False),
-    ([Line([], [], "private", "a"), Line([], [], "private")], False),  # nobody has to tell it from the other
-])
+@pytest.mark.parametrize(
+    ("items", "same"),
+    [
+        ([Line([], [], "private", "a"), Line([], [], "private", "b")], True),
+        ([Line([], [], "non-private", "a"), Line([], [], "other worker", "b")], True),
+        ([Points([], [], "data", "a"), Points([], [], "data", "b")], True),
+        ([Line([], [], "private", "a"), Line([], [], "private", "b", dashed=True)], False),
+        ([Points([], [], "data", "a"), Points([], [], "data", "b", cross=True)], False),
+        ([Line([], [], "private", "a"), Points([], [], "private", "b")], False),
+        ([Line([], [], "private", "a"), Line([], [], "private")], False),  # nobody has to tell it from the other
+    ],
+)
 def test_two_things_that_look_the_same_are_refused(items, same):
     def make():
         Panel("t", "x", "y", items, "alt")

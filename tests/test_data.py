@@ -69,13 +69,17 @@ def flip_a_bit(packed):
     return packed[:2000] + bytes([packed[2000] ^ 1]) + packed[2001:]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda packed: packed[: len(packed) // 2],
-    lambda packed: b"",
-    lambda packed: b"<html>not found</html>",
-    flip_a_bit,
-    lambda packed: gzip.compress(gzip.decompress(packed)[:-1] + b"\x07"),
-], ids=["truncated", "empty", "no gzip file", "a bit flipped", "one label altered"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[: len(packed) // 2],
+        lambda packed: b"",
+        lambda packed: b"<html>not found</html>",
+        flip_a_bit,
+        lambda packed: gzip.compress(gzip.decompress(packed)[:-1] + b"\x07"),
+    ],
+    ids=["truncated", "empty", "no gzip file", "a bit flipped", "one label altered"],
+)
 def test_a_damaged_copy_is_refused_by_name_and_checksums_and_never_reaches_the_cache(place, damage):
     packed = place / "bundled" / f"{LABELS}.gz"
     packed.write_bytes(damage(packed.read_bytes()))
@@ -111,8 +115,14 @@ def test_without_a_copy_and_without_internet_one_error_says_what_to_do(place, mo
     with pytest.raises(FileNotFoundError) as caught:
         load_mnist(train=False)
     message = str(caught.value)
-    for part in ("MNIST was not found", str(place / "bundled"), str(place / "cache"), "no route to host",
-                 "Connect to the internet", "copy the four files"):
+    for part in (
+        "MNIST was not found",
+        str(place / "bundled"),
+        str(place / "cache"),
+        "no route to host",
+        "Connect to the internet",
+        "copy the four files",
+    ):
         assert part in message
 
 
@@ -221,11 +231,14 @@ def test_two_moons_can_be_told_apart_but_not_by_a_line():
     assert float(noisy.X.mean(0).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("name, value", [
-    *(("n", v) for v in (1, 2.5, math.nan, True)),
-    *(("seed", v) for v in (-1, "0")),
-    *(("noise", v) for v in (-0.1, math.inf, None)),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("n", v) for v in (1, 2.5, math.nan, True)),
+        *(("seed", v) for v in (-1, "0")),
+        *(("noise", v) for v in (-0.1, math.inf, None)),
+    ],
+)
 def test_two_moons_refuse_bad_arguments(refuses, name, value):
     with refuses(name, value):
         two_moons(**{"n": 10, name: value})
@@ -238,7 +251,9 @@ def ids(part):
 NUMBERED = Data(torch.arange(600.0).reshape(-1, 1), torch.arange(600) % 3)
 
 
-@pytest.mark.parametrize("more", [{}, {"skew": 0.9}, {"weights": [5, 1, 1, 1]}, {"skew": 0.5, "weights": [5, 1, 1, 1]}, {"skew": 0.999}])
+@pytest.mark.parametrize(
+    "more", [{}, {"skew": 0.9}, {"weights": [5, 1, 1, 1]}, {"skew": 0.5, "weights": [5, 1, 1, 1]}, {"skew": 0.999}]
+)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_split_gives_every_record_to_exactly_one_worker(more, seed):
     parts = split(NUMBERED, 4, **more, seed=seed)
@@ -263,10 +278,16 @@ def test_a_skewed_split_makes_the_workers_labels_unlike():
     assert unlike(0.0) < 0.3 < unlike(0.5) < unlike(0.95)
 
 
-@pytest.mark.parametrize("name, value, more", [
-    ("workers", 0, {"workers": 0}), ("workers", 601, {"workers": 601}), ("skew", 1.0, {"skew": 1.0}), ("skew", -0.1, {"skew": -0.1}),
-    ("weights", 0, {"weights": [1, 0]}),
-])
+@pytest.mark.parametrize(
+    "name, value, more",
+    [
+        ("workers", 0, {"workers": 0}),
+        ("workers", 601, {"workers": 601}),
+        ("skew", 1.0, {"skew": 1.0}),
+        ("skew", -0.1, {"skew": -0.1}),
+        ("weights", 0, {"weights": [1, 0]}),
+    ],
+)
 def test_a_split_refuses_what_makes_no_sense(refuses, name, value, more):
     with refuses(name, value):
         split(NUMBERED, **{"workers": 2, **more})

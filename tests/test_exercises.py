@@ -104,7 +104,7 @@ def test_an_exercise_has_a_hint_and_a_solution(exercise):
 
 
 def test_ids_are_unique_and_in_order():
-    assert IDS == sorted(set(IDS), key=lambda id: [int(part) for part in id.split(".")])
+    assert sorted(set(IDS), key=lambda id: [int(part) for part in id.split(".")]) == IDS
 
 
 @pytest.mark.parametrize("id", ["9.1", "2.99", "x"])
@@ -114,7 +114,11 @@ def test_an_unknown_id_is_one_error_that_lists_the_known_ones(id):
 
 
 DOUBLE = coding(
-    "0.1", hint="h", reference=lambda x: x * 2, inputs=[lambda: (torch.tensor([1.0, 2.0]),)], praise="p.",
+    "0.1",
+    hint="h",
+    reference=lambda x: x * 2,
+    inputs=[lambda: (torch.tensor([1.0, 2.0]),)],
+    praise="p.",
     wrong=[Wrong(lambda x: x * 3, "you tripled it.")],
 )
 
@@ -124,15 +128,18 @@ def in_place(x):
     return x
 
 
-@pytest.mark.parametrize("answer, sentence", [
-    (lambda x: x * 2, "p."),
-    (lambda x: x * 3, "you tripled it."),
-    (in_place, "changes its input in place"),
-    (lambda x: (x * 2).tolist(), "must return a Tensor, got a list"),
-    (lambda x: x.sum(), "must return a tensor of shape (2,), got ()"),
-    (lambda x: x * 2.5, "largest difference is 1"),
-    (lambda: 0, "your function raised TypeError"),
-])
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        (lambda x: x * 2, "p."),
+        (lambda x: x * 3, "you tripled it."),
+        (in_place, "changes its input in place"),
+        (lambda x: (x * 2).tolist(), "must return a Tensor, got a list"),
+        (lambda x: x.sum(), "must return a tensor of shape (2,), got ()"),
+        (lambda x: x * 2.5, "largest difference is 1"),
+        (lambda: 0, "your function raised TypeError"),
+    ],
+)
 def test_the_engine_tells_apart_the_ways_to_be_wrong(answer, sentence):
     assert sentence in examine(DOUBLE, answer).message
 
@@ -197,16 +204,22 @@ def short_limit(monkeypatch):
     monkeypatch.setattr(core, "TIME_LIMIT", 0.3)
 
 
-@pytest.mark.parametrize("answer, sentence", [
-    (never_ends, "your function did not finish within 0.3 seconds: does its loop end?"),
-    (swallows, "your function did not finish within 0.3 seconds: does its loop end?"),
-    (sleeps, "your function did not finish within 0.3 seconds: does its loop end?"),
-    (exits, "your function ends Python (`sys.exit`). Use `return`."),
-    (interrupts, "your function raised KeyboardInterrupt."),
-    (recurs, "your function calls itself without end (RecursionError). It was called with a tensor of shape (2,)."),
-    (too_big, "your function needs more memory than there is (MemoryError). It was called with a tensor of shape (2,)."),
-    (raises_what_cannot_be_printed, "your function raised Unprintable."),
-])
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        (never_ends, "your function did not finish within 0.3 seconds: does its loop end?"),
+        (swallows, "your function did not finish within 0.3 seconds: does its loop end?"),
+        (sleeps, "your function did not finish within 0.3 seconds: does its loop end?"),
+        (exits, "your function ends Python (`sys.exit`). Use `return`."),
+        (interrupts, "your function raised KeyboardInterrupt."),
+        (recurs, "your function calls itself without end (RecursionError). It was called with a tensor of shape (2,)."),
+        (
+            too_big,
+            "your function needs more memory than there is (MemoryError). It was called with a tensor of shape (2,).",
+        ),
+        (raises_what_cannot_be_printed, "your function raised Unprintable."),
+    ],
+)
 @pytest.mark.parametrize("thread", ["main", "other"])
 def test_whatever_an_answer_does_ends_in_a_sentence(answer, sentence, thread, short_limit):
     found = []
@@ -269,7 +282,9 @@ def test_an_interrupt_by_the_learner_is_one_sentence_and_ends_the_function():
         while True:
             turns.append(1)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program that was started in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a program that was started in the background ignores it
     try:
         timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
         timer.start()
@@ -318,16 +333,27 @@ def test_a_function_that_prints_and_returns_nothing_is_told_to_return():
     assert verdict.passed is False and "`return`" in verdict.message and verdict.printed == "tensor([2., 4.])"
 
 
-@pytest.mark.parametrize("answer", [
-    lambda x: (x * 2).numpy(), lambda x: (x * 2).double(), lambda x: x.requires_grad_(False) * 2,
-    lambda x: torch.nn.Parameter(x * 2),
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: (x * 2).numpy(),
+        lambda x: (x * 2).double(),
+        lambda x: x.requires_grad_(False) * 2,
+        lambda x: torch.nn.Parameter(x * 2),
+    ],
+)
 def test_a_numpy_array_or_a_finer_tensor_is_right_where_a_tensor_is(answer):
     assert examine(DOUBLE, answer).passed
 
 
-HALF = coding("0.4", hint="h", reference=lambda x: x / 2, inputs=[lambda: (1.0,), lambda: (3.0,)], praise="p.",
-              wrong=[Wrong(lambda x: x, "you did nothing.")])
+HALF = coding(
+    "0.4",
+    hint="h",
+    reference=lambda x: x / 2,
+    inputs=[lambda: (1.0,), lambda: (3.0,)],
+    praise="p.",
+    wrong=[Wrong(lambda x: x, "you did nothing.")],
+)
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64, np.array, torch.tensor, Fraction])
@@ -338,11 +364,19 @@ def test_a_number_of_any_kind_is_right_where_a_number_is(kind):
 
 
 def test_an_answer_that_fails_on_a_late_input_is_known_by_the_earlier_ones():
-    raises = coding("0.31", hint="h", reference=lambda x: x.sum(), inputs=[lambda: (torch.ones(3),), lambda: (torch.ones(0),)],
-                    praise="p.", wrong=[Wrong(lambda x: x.max(), "this is the largest.")])
+    raises = coding(
+        "0.31",
+        hint="h",
+        reference=lambda x: x.sum(),
+        inputs=[lambda: (torch.ones(3),), lambda: (torch.ones(0),)],
+        praise="p.",
+        wrong=[Wrong(lambda x: x.max(), "this is the largest.")],
+    )
     assert examine(raises, lambda x: x.max() * 1).message == "this is the largest."
     late = examine(raises, lambda x: x.sum() if len(x) else 1 / 0).message
-    assert late == "your function raised ZeroDivisionError: division by zero. It was called with a tensor of shape (0,)."
+    assert (
+        late == "your function raised ZeroDivisionError: division by zero. It was called with a tensor of shape (0,)."
+    )
 
 
 @pytest.mark.parametrize("given", [True, "0.5", 0.5j, torch.tensor([0.5]), np.ones(3), torch.tensor(True)])
@@ -350,44 +384,89 @@ def test_what_is_no_number_is_told_so(given):
     assert "your function must return a number, got a " in examine(HALF, lambda x: given).message
 
 
-EXACT = coding("0.5", hint="h", reference=lambda x: x.double() / 3, inputs=[lambda: (torch.tensor([1.0, 2.0]),)],
-               praise="p.", wrong=[Wrong(lambda x: x, "you did nothing.")], dtype=(torch.float64, "Because."), rtol=1e-9, atol=0)
+EXACT = coding(
+    "0.5",
+    hint="h",
+    reference=lambda x: x.double() / 3,
+    inputs=[lambda: (torch.tensor([1.0, 2.0]),)],
+    praise="p.",
+    wrong=[Wrong(lambda x: x, "you did nothing.")],
+    dtype=(torch.float64, "Because."),
+    rtol=1e-9,
+    atol=0,
+)
 
 
 def test_the_dtype_that_is_asked_for_is_needed_and_the_reason_is_told():
     assert examine(EXACT, lambda x: x.numpy().astype(float) / 3).passed
-    assert examine(EXACT, lambda x: x / 3).message == "your function must return torch.float64, got torch.float32. Because."
+    assert (
+        examine(EXACT, lambda x: x / 3).message
+        == "your function must return torch.float64, got torch.float32. Because."
+    )
     assert "largest difference" in examine(EXACT, lambda x: (x / 3).double()).message
     assert examine(EXACT, lambda x: x * 1).message == "you did nothing."  # a known wrong answer is known in any dtype
 
 
 def test_a_trait_that_is_off_has_its_own_sentence():
-    exercise = coding("0.6", hint="h", reference=lambda: 2.0, inputs=[lambda: ()], praise="p.", wrong=[],
-                      observe=lambda fn, args: {"size": fn()}, traits={"size": "{mine:g} is {times:g} times too large."})
+    exercise = coding(
+        "0.6",
+        hint="h",
+        reference=lambda: 2.0,
+        inputs=[lambda: ()],
+        praise="p.",
+        wrong=[],
+        observe=lambda fn, args: {"size": fn()},
+        traits={"size": "{mine:g} is {times:g} times too large."},
+    )
     assert examine(exercise, lambda: 6.0).message == "6 is 3 times too large."
 
 
-SHARE = core.value("0.7", hint="h", answer=1 / 12, praise="p.", solution="s", share=True, wrong=[Wrong(0.9, "turned round.")])
+SHARE = core.value(
+    "0.7", hint="h", answer=1 / 12, praise="p.", solution="s", share=True, wrong=[Wrong(0.9, "turned round.")]
+)
 
 
-@pytest.mark.parametrize("given, passed, sentence", [
-    (1 / 12, True, "p."), ("0.0833", True, "p."), ("8.33 %", True, "p."), (" 8.3% ", True, "p."), (0.08, True, "p."),
-    (np.float32(1 / 12), True, "p."), (torch.tensor([1 / 12]), True, "p."), (np.array(1 / 12), True, "p."),
-    (8.33, False, "in percent"), (8, False, "in percent"), ("8.33", False, "in percent"),
-    (0.9, False, "turned round."), (90, False, "taken as percent: turned round."), (0.07, False, "0.07 is too low."),
-    (0.09, False, "0.09 is too high."), (10**400, False, "inf is too high."), (-10**400, False, "-inf is too low."),
-    (True, False, "must be a number, got a bool."), (np.True_, False, "must be a number"), ("e", False, "must be a number, got a str."),
-    (math.nan, False, "nan is not"), (1j, False, "must be a number"), (torch.zeros(2), False, "must be a number, got a Tensor."),
-])
+@pytest.mark.parametrize(
+    "given, passed, sentence",
+    [
+        (1 / 12, True, "p."),
+        ("0.0833", True, "p."),
+        ("8.33 %", True, "p."),
+        (" 8.3% ", True, "p."),
+        (0.08, True, "p."),
+        (np.float32(1 / 12), True, "p."),
+        (torch.tensor([1 / 12]), True, "p."),
+        (np.array(1 / 12), True, "p."),
+        (8.33, False, "in percent"),
+        (8, False, "in percent"),
+        ("8.33", False, "in percent"),
+        (0.9, False, "turned round."),
+        (90, False, "taken as percent: turned round."),
+        (0.07, False, "0.07 is too low."),
+        (0.09, False, "0.09 is too high."),
+        (10**400, False, "inf is too high."),
+        (-(10**400), False, "-inf is too low."),
+        (True, False, "must be a number, got a bool."),
+        (np.True_, False, "must be a number"),
+        ("e", False, "must be a number, got a str."),
+        (math.nan, False, "nan is not"),
+        (1j, False, "must be a number"),
+        (torch.zeros(2), False, "must be a number, got a Tensor."),
+    ],
+)
 def test_a_number_is_read_however_it_is_written(given, passed, sentence):
     verdict = examine(SHARE, given)
     assert verdict.passed is passed and sentence in verdict.message
 
 
-LETTER = core.choose("0.8", hint="h", answer="b", praise="p.", solution="s", wrong=[Wrong("a", "not a."), Wrong("e", "not e.")])
+LETTER = core.choose(
+    "0.8", hint="h", answer="b", praise="p.", solution="s", wrong=[Wrong("a", "not a."), Wrong("e", "not e.")]
+)
 
 
-@pytest.mark.parametrize("given", ["b", "B", "b)", "(b)", " B.", "b: because a record", "b.", "[b]", "**b**", '"b"', "b - it is"])
+@pytest.mark.parametrize(
+    "given", ["b", "B", "b)", "(b)", " B.", "b: because a record", "b.", "[b]", "**b**", '"b"', "b - it is"]
+)
 def test_a_letter_is_read_however_it_is_written(given):
     assert examine(LETTER, given).passed is True
     assert examine(LETTER, given.replace("b", "e").replace("B", "E").replace("eecause", "because")).message == "not e."
@@ -396,10 +475,16 @@ def test_a_letter_is_read_however_it_is_written(given):
 @pytest.mark.parametrize("given", ["", "bb", "c", "a, b", "a/b", "because", 2, ["b"], np.zeros(2), "x" * 10_000])
 def test_what_is_no_letter_is_told_which_there_are(given):
     verdict = examine(LETTER, given)
-    assert verdict.passed is False and "must be one of 'a', 'b', 'e', got" in verdict.message and len(verdict.message) < 150
+    assert (
+        verdict.passed is False
+        and "must be one of 'a', 'b', 'e', got" in verdict.message
+        and len(verdict.message) < 150
+    )
 
 
-@pytest.mark.parametrize("answer", [lambda: 1.2345, lambda: {"alice": 9.0}, lambda: {"x": 1}, lambda: [3.0], lambda: "no", lambda: None])
+@pytest.mark.parametrize(
+    "answer", [lambda: 1.2345, lambda: {"alice": 9.0}, lambda: {"x": 1}, lambda: [3.0], lambda: "no", lambda: None]
+)
 @pytest.mark.parametrize("right", [9.8765, {"alice": 9.8765}, [9.8765], ["9.8765"], "9.8765", torch.tensor([9.8765])])
 def test_no_verdict_shows_what_is_right(right, answer):
     exercise = coding("0.9", hint="h", reference=lambda: right, inputs=[lambda: ()], praise="p.", wrong=[])
@@ -408,10 +493,11 @@ def test_no_verdict_shows_what_is_right(right, answer):
 
 # What a sceptical learner answers. Written from the text of the exercises, not from the package's own answers.
 
+
 def margin_by_loop(logits, labels):
     scores = []
     for row, label in zip(logits.tolist(), labels.tolist()):
-        scores.append(row[label] - max(row[:label] + row[label + 1:]))
+        scores.append(row[label] - max(row[:label] + row[label + 1 :]))
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -425,6 +511,7 @@ def margin_by_mask(fill):
     def margin(logits, labels):
         own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
         return logits.double()[own] - logits.double().masked_fill(own, fill).max(dim=1).values
+
     return margin
 
 
@@ -441,6 +528,7 @@ def noisy(make_noise):
     def mean(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
         noise = make_noise(noise_multiplier * max_grad_norm, clipped.shape[1], generator)
         return (clipped.sum(dim=0) + noise) / expected_batch_size
+
     return mean
 
 
@@ -470,8 +558,8 @@ def clip_each(grads, C):
 def layers_by_index(grads, sizes, C):
     out, start = grads.clone(), 0
     for size in sizes:
-        part = grads[:, start:start + size]
-        out[:, start:start + size] = part / (part.norm(dim=1, keepdim=True) * len(sizes) ** 0.5 / C).clamp(min=1)
+        part = grads[:, start : start + size]
+        out[:, start : start + size] = part / (part.norm(dim=1, keepdim=True) * len(sizes) ** 0.5 / C).clamp(min=1)
         start += size
     return out
 
@@ -479,16 +567,34 @@ def layers_by_index(grads, sizes, C):
 ROWS = torch.tensor([[1.0, 0.0]])
 
 RIGHT = [
-    ("1.1", "(e)"), ("1.1", "E."), ("1.1", "e: the step"), ("1.2", loud_by_search),
-    ("1.3", margin_by_loop), ("1.3", margin_by_topk), ("1.3", margin_by_mask(-math.inf)), ("1.3", margin_by_mask(-1e30)),
+    ("1.1", "(e)"),
+    ("1.1", "E."),
+    ("1.1", "e: the step"),
+    ("1.2", loud_by_search),
+    ("1.3", margin_by_loop),
+    ("1.3", margin_by_topk),
+    ("1.3", margin_by_mask(-math.inf)),
+    ("1.3", margin_by_mask(-1e30)),
     ("1.3", lambda logits, labels: margin_by_loop(logits, labels).numpy()),
-    ("1.4", 1 / 12), ("1.4", 0.08), ("1.4", 0.083), ("1.4", "8.3 %"), ("1.4", Fraction(1, 12)), ("1.4", torch.tensor(1 / 12)),
-    ("2.1", clip_each), ("2.1", lambda g, C: g / (g.norm(dim=1, keepdim=True) / C).clamp(min=1)),
-    ("2.1", lambda g, C: (g.numpy() / np.maximum(np.linalg.norm(g.numpy(), axis=1, keepdims=True) / C, 1))),
+    ("1.4", 1 / 12),
+    ("1.4", 0.08),
+    ("1.4", 0.083),
+    ("1.4", "8.3 %"),
+    ("1.4", Fraction(1, 12)),
+    ("1.4", torch.tensor(1 / 12)),
+    ("2.1", clip_each),
+    ("2.1", lambda g, C: g / (g.norm(dim=1, keepdim=True) / C).clamp(min=1)),
+    ("2.1", lambda g, C: g.numpy() / np.maximum(np.linalg.norm(g.numpy(), axis=1, keepdims=True) / C, 1)),
     ("2.1", lambda g, C: torch.where(g.norm(dim=1, keepdim=True) > C, g * (C / g.norm(dim=1, keepdim=True)), g)),
     ("2.1", lambda g, C: torch.renorm(g, 2, 0, C)),
-    ("2.2", np.array([0.0, 12.0])), ("2.2", [-24, 0]), ("2.2", torch.tensor([-1000, 3])), ("2.2", torch.tensor([2.5, 2.5]) * 10),
-    ("2.3", 1), ("2.3", np.float32(1)), ("2.3", torch.tensor(1.0)), ("2.3", "1.0"),
+    ("2.2", np.array([0.0, 12.0])),
+    ("2.2", [-24, 0]),
+    ("2.2", torch.tensor([-1000, 3])),
+    ("2.2", torch.tensor([2.5, 2.5]) * 10),
+    ("2.3", 1),
+    ("2.3", np.float32(1)),
+    ("2.3", torch.tensor(1.0)),
+    ("2.3", "1.0"),
     ("2.4", layers_by_index),
     ("3.1", noisy(lambda std, P, g: torch.normal(0.0, std, (P,), generator=g))),
     ("3.1", noisy(lambda std, P, g: torch.zeros(P).normal_(generator=g) * std)),
@@ -501,32 +607,65 @@ RIGHT = [
     ("3.2", lambda n, q, g: torch.where(torch.rand(n, generator=g) > 1 - q)[0]),
     ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, dtype=torch.float64, generator=g) < q).squeeze(1).numpy()),
     ("3.2", batch_by_loop),
-    ("3.3", lambda: (ROWS, -ROWS[0])), ("3.3", lambda: [-ROWS.numpy(), ROWS[0].numpy()]), ("3.3", lambda: (ROWS.expand(3, 2), -ROWS[0])),
-    ("3.4", 0.47), ("3.4", 0.466), ("3.4", "46.6 %"), ("3.4", "47%"), ("3.4", np.float64(0.4661)),
+    ("3.3", lambda: (ROWS, -ROWS[0])),
+    ("3.3", lambda: [-ROWS.numpy(), ROWS[0].numpy()]),
+    ("3.3", lambda: (ROWS.expand(3, 2), -ROWS[0])),
+    ("3.4", 0.47),
+    ("3.4", 0.466),
+    ("3.4", "46.6 %"),
+    ("3.4", "47%"),
+    ("3.4", np.float64(0.4661)),
 ]
 WRONG_SO = [
-    ("1.1", "b)", "line b reads"), ("1.1", "(d)", "line d computes"), ("1.1", np.array(["e", "e"]), "must be one of"),
+    ("1.1", "b)", "line b reads"),
+    ("1.1", "(d)", "line d computes"),
+    ("1.1", np.array(["e", "e"]), "must be one of"),
     ("1.2", lambda model, data: (torch.tensor([-2.0, 2.0]), 1), "other models too"),
     ("1.3", margin_by_mask(0.0), "you put 0 in the place"),
-    ("1.3", lambda logits, labels: margin_by_loop(logits, labels).float(), "must return torch.float64, got torch.float32"),
+    (
+        "1.3",
+        lambda logits, labels: margin_by_loop(logits, labels).float(),
+        "must return torch.float64, got torch.float32",
+    ),
     ("1.3", lambda logits, labels: margin_by_mask(-math.inf)(logits.half(), labels), "largest difference"),
-    ("1.4", 8, "in percent"), ("1.4", 8.3, "in percent"), ("1.4", 90, "taken as percent: 0.9 is the share of the members"),
-    ("2.2", torch.tensor([2.5, 2.5]), "Make the row longer"), ("2.2", torch.tensor([2.5, 0.0]), "Choose another direction"),
-    ("2.2", torch.tensor([99.0, 9.0]), "Choose another direction"), ("2.2", torch.tensor([1.0, 1j]), "must be a tensor of two numbers"),
-    ("2.3", True, "must be a number, got a bool"), ("2.3", 10**400, "without clipping there would be no limit"),
+    ("1.4", 8, "in percent"),
+    ("1.4", 8.3, "in percent"),
+    ("1.4", 90, "taken as percent: 0.9 is the share of the members"),
+    ("2.2", torch.tensor([2.5, 2.5]), "Make the row longer"),
+    ("2.2", torch.tensor([2.5, 0.0]), "Choose another direction"),
+    ("2.2", torch.tensor([99.0, 9.0]), "Choose another direction"),
+    ("2.2", torch.tensor([1.0, 1j]), "must be a tensor of two numbers"),
+    ("2.3", True, "must be a number, got a bool"),
+    ("2.3", 10**400, "without clipping there would be no limit"),
     ("3.1", noisy(pairs), "with the sign turned"),
-    ("3.1", noisy(lambda std, P, g: std * torch.randn((P + 1) // 2, generator=g).repeat(2)[:P]), "depends on that of another"),
-    ("3.1", noisy(laplace_of_the_right_size), "not Gaussian"), ("3.1", noisy(alternating), "can be told from that of the call before"),
-    ("3.1", noisy(lambda std, P, g: 2 * std * torch.randn(P, generator=g)), "2·σ·C. That would fit where one record is *replaced*"),
+    (
+        "3.1",
+        noisy(lambda std, P, g: std * torch.randn((P + 1) // 2, generator=g).repeat(2)[:P]),
+        "depends on that of another",
+    ),
+    ("3.1", noisy(laplace_of_the_right_size), "not Gaussian"),
+    ("3.1", noisy(alternating), "can be told from that of the call before"),
+    (
+        "3.1",
+        noisy(lambda std, P, g: 2 * std * torch.randn(P, generator=g)),
+        "2·σ·C. That would fit where one record is *replaced*",
+    ),
     ("3.1", noisy(lambda std, P, g: 1.4 * std * torch.randn(P, generator=g)), "is 1.4 times what it must be"),
     ("3.1", lambda *args: noise.noisy_mean_gradient(*args).half(), "must return float32, got torch.float16"),
-    ("3.1", lambda c, s, C, E, generator: (c.sum(0) + s * C * torch.randn(c.shape[1], generator=generator)) / max(1, len(c)),
-     "you divided by `max(len(clipped), 1)`"),
+    (
+        "3.1",
+        lambda c, s, C, E, generator: (
+            (c.sum(0) + s * C * torch.randn(c.shape[1], generator=generator)) / max(1, len(c))
+        ),
+        "you divided by `max(len(clipped), 1)`",
+    ),
     ("3.2", lambda n, q, g: torch.randperm(n, generator=g)[: round(n * q)], "your batches always have the same size"),
     ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, generator=g) < q).squeeze(), "got torch.int64 of shape ()"),
     ("3.3", lambda: (ROWS.expand(4, 2), -ROWS[0]), "small, but not small enough"),
     ("3.3", lambda: (ROWS.expand(50, 2), -ROWS[0]), "hardly moves the mean"),
-    ("3.4", 46.6, "in percent"), ("3.4", 47, "in percent"), ("3.4", 20, "taken as percent: that is the prior"),
+    ("3.4", 46.6, "in percent"),
+    ("3.4", 47, "in percent"),
+    ("3.4", 20, "taken as percent: that is the prior"),
 ]
 
 

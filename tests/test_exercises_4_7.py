@@ -21,8 +21,11 @@ from dpteach.exercises import budget, check, federated, flower, opacus
 
 def price_in_numpy(n, batch_size, epochs, noise_multiplier, target_delta):
     steps = -(-n // batch_size)
-    return np.float64(dpteach.epsilon_path(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps,
-                                           target_delta=target_delta)[-1])
+    return np.float64(
+        dpteach.epsilon_path(
+            noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps, target_delta=target_delta
+        )[-1]
+    )
 
 
 def price_by_a_ledger(n, batch_size, epochs, noise_multiplier, target_delta):
@@ -43,8 +46,13 @@ def epochs_from_above(budget_, n, batch_size, noise_multiplier, target_delta):
     steps = math.ceil(n / batch_size)
 
     def cost(epochs):
-        return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps, target_delta=target_delta,
-                       accountant="rdp")
+        return epsilon(
+            noise_multiplier=noise_multiplier,
+            sample_rate=1 / steps,
+            steps=epochs * steps,
+            target_delta=target_delta,
+            accountant="rdp",
+        )
 
     high = 1
     while cost(high) <= budget_:
@@ -61,12 +69,18 @@ def epochs_by_another_rounding(budget_, *run):
 
 
 def average_in_numpy(models, weights):
-    return {name: np.average([m.state_dict()[name].numpy() for m in models], axis=0, weights=weights) for name in models[0].state_dict()}
+    return {
+        name: np.average([m.state_dict()[name].numpy() for m in models], axis=0, weights=weights)
+        for name in models[0].state_dict()
+    }
 
 
 def average_of_parameters(models, weights):
     parameters = [dict(model.named_parameters()) for model in models]
-    return {name: torch.stack([w / sum(weights) * p[name] for w, p in zip(weights, parameters)]).sum(0) for name in parameters[0]}
+    return {
+        name: torch.stack([w / sum(weights) * p[name] for w, p in zip(weights, parameters)]).sum(0)
+        for name in parameters[0]
+    }
 
 
 def average_of_the_package(models, weights):
@@ -99,13 +113,37 @@ def client_level_by_opacus(noise_multiplier, clients, sampled, rounds, target_de
 
 
 RIGHT = [
-    ("4.1", price_in_numpy), ("4.1", price_by_a_ledger), ("4.1", price_by_opacus), ("4.2", epochs_from_above),
-    ("4.2", epochs_by_another_rounding), ("6.1", average_in_numpy), ("6.1", average_of_parameters), ("6.1", average_of_the_package),
-    ("6.3", rounds_charged_step_by_step), ("7.1", report_in_a_loop), ("7.3", client_level_by_opacus),
-    ("4.3", [0.5, 0.001, 1000.0]), ("4.3", torch.tensor([0.5, 0.001, 1000.0])), ("4.3", np.array([0.5, 0.001, 1000])),
-    ("4.4", "(b)"), ("4.4", "b)"), ("5.1", "c)"), ("5.1", " C. "), ("5.2", "0.997"), ("5.2", 1.0), ("5.2", torch.tensor(0.997)),
-    ("5.3", (256.0, 256.0)), ("5.3", [100, 100]), ("5.3", np.array([300, 300])), ("5.3", torch.tensor([256, 256])),
-    ("6.2", 300.0), ("6.2", torch.tensor(300)), ("6.2", "300"), ("6.4", "73.1 %"), ("6.4", 0.73), ("7.2", np.int64(80)),
+    ("4.1", price_in_numpy),
+    ("4.1", price_by_a_ledger),
+    ("4.1", price_by_opacus),
+    ("4.2", epochs_from_above),
+    ("4.2", epochs_by_another_rounding),
+    ("6.1", average_in_numpy),
+    ("6.1", average_of_parameters),
+    ("6.1", average_of_the_package),
+    ("6.3", rounds_charged_step_by_step),
+    ("7.1", report_in_a_loop),
+    ("7.3", client_level_by_opacus),
+    ("4.3", [0.5, 0.001, 1000.0]),
+    ("4.3", torch.tensor([0.5, 0.001, 1000.0])),
+    ("4.3", np.array([0.5, 0.001, 1000])),
+    ("4.4", "(b)"),
+    ("4.4", "b)"),
+    ("5.1", "c)"),
+    ("5.1", " C. "),
+    ("5.2", "0.997"),
+    ("5.2", 1.0),
+    ("5.2", torch.tensor(0.997)),
+    ("5.3", (256.0, 256.0)),
+    ("5.3", [100, 100]),
+    ("5.3", np.array([300, 300])),
+    ("5.3", torch.tensor([256, 256])),
+    ("6.2", 300.0),
+    ("6.2", torch.tensor(300)),
+    ("6.2", "300"),
+    ("6.4", "73.1 %"),
+    ("6.4", 0.73),
+    ("7.2", np.int64(80)),
 ]
 
 
@@ -163,20 +201,33 @@ def charges_in_except(ledger, train_one_round, rounds, noise_multiplier, sample_
 
 WRONG = [
     ("4.1", lambda n, b, *rest: budget.price(n, b, *rest) if n / b % 1 > 0.5 or n % b == 0 else 0.0, "too low"),
-    ("4.2", search_in(10), "ends at 9"), ("4.2", search_in(101), "ends at 100"), ("4.2", search_in(31), "too low"),
+    ("4.2", search_in(10), "ends at 9"),
+    ("4.2", search_in(101), "ends at 100"),
+    ("4.2", search_in(31), "too low"),
     ("4.2", no_next_epoch, "does its loop end?"),
-    ("4.3", (0.001, 0.5, 1000), "in this order"), ("4.3", (10**400, 0.1, 10), "in this order"),
-    ("5.3", (10**400, 10**400), "whole numbers"), ("5.3", (256.5, 256), "whole numbers"), ("5.3", "25", "at least 100"),
+    ("4.3", (0.001, 0.5, 1000), "in this order"),
+    ("4.3", (10**400, 0.1, 10), "in this order"),
+    ("5.3", (10**400, 10**400), "whole numbers"),
+    ("5.3", (256.5, 256), "whole numbers"),
+    ("5.3", "25", "at least 100"),
     ("6.1", changes_the_weights, "changes the list of weights"),
-    ("6.2", 10**400, "whole number"), ("6.2", 0.3, "whole number"), ("6.2", True, "whole number"),
-    ("6.3", federated._charge_in_finally, "killed"), ("6.3", charges_in_except, "killed"), ("6.3", hides_the_error, "hides an error"),
-    ("6.4", 73.1, "in percent"), ("6.4", 88.08, "bob's ε"), ("6.4", "50 %", "learns nothing"),
+    ("6.2", 10**400, "whole number"),
+    ("6.2", 0.3, "whole number"),
+    ("6.2", True, "whole number"),
+    ("6.3", federated._charge_in_finally, "killed"),
+    ("6.3", charges_in_except, "killed"),
+    ("6.3", hides_the_error, "hides an error"),
+    ("6.4", 73.1, "in percent"),
+    ("6.4", 88.08, "bob's ε"),
+    ("6.4", "50 %", "learns nothing"),
     ("7.1", lambda replies: print(flower.report(replies)), "prints, and returns nothing"),
-    ("7.1", lambda replies: replies, "loss"), ("7.1", lambda replies: {r["name"]: r for r in replies}, "loss"),
+    ("7.1", lambda replies: replies, "loss"),
+    ("7.1", lambda replies: {r["name"]: r for r in replies}, "loss"),
     ("7.1", lambda replies: {r["name"]: r.pop("epsilon") for r in replies}, "changes the replies"),
     ("7.1", lambda replies: [{"name": r["name"], "epsilon": r["epsilon"]} for r in replies], "one dict"),
     ("7.1", lambda replies: str(flower.report(replies)), "must return a dict"),
-    ("7.3", flower._by_the_default, "PRV"), ("7.3", flower._delta_of_clients, "1 / clients"),
+    ("7.3", flower._by_the_default, "PRV"),
+    ("7.3", flower._delta_of_clients, "1 / clients"),
 ]
 
 
@@ -186,10 +237,17 @@ def test_a_wrong_answer_of_an_audit_is_told_what_is_wrong(id, answer, words):
     assert verdict.passed is False and words in verdict.message, verdict
 
 
-@pytest.mark.parametrize("answer", [
-    lambda replies: {r["name"]: 2 * r["epsilon"] for r in replies}, lambda replies: {}, lambda replies: {"alice": 1},
-    lambda replies: [2.0], lambda replies: {r["name"]: "1.17" for r in replies}, lambda replies: {r["name"]: [r["epsilon"]] for r in replies},
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda replies: {r["name"]: 2 * r["epsilon"] for r in replies},
+        lambda replies: {},
+        lambda replies: {"alice": 1},
+        lambda replies: [2.0],
+        lambda replies: {r["name"]: "1.17" for r in replies},
+        lambda replies: {r["name"]: [r["epsilon"]] for r in replies},
+    ],
+)
 def test_an_error_in_a_dict_does_not_show_what_is_right(answer):
     verdict = check("7.1", answer)
     assert verdict.passed is False and "1.17" not in verdict.message and "{" not in verdict.message, verdict
@@ -203,14 +261,34 @@ def test_a_budget_that_is_spent_to_the_last_digit_pays():
 # 5.4, with Opacus itself
 
 
-def trains(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta, *, dataset=None,
-           collate_fn=lambda batch: batch, optimizer=torch.optim.SGD, accountant="prv", epoch=opacus._epoch,
-           tell=lambda engine, loader, noise_multiplier, epochs, delta: engine.get_epsilon(delta), **settings):
+def trains(
+    PrivacyEngine,
+    model,
+    data,
+    noise_multiplier,
+    max_grad_norm,
+    epochs,
+    batch_size,
+    target_delta,
+    *,
+    dataset=None,
+    collate_fn=lambda batch: batch,
+    optimizer=torch.optim.SGD,
+    accountant="prv",
+    epoch=opacus._epoch,
+    tell=lambda engine, loader, noise_multiplier, epochs, delta: engine.get_epsilon(delta),
+    **settings,
+):
     loader = DataLoader(dataset(data) if dataset else data, batch_size=batch_size, collate_fn=collate_fn)
     engine = PrivacyEngine(accountant=accountant)
     model, optimizer, *criterion, loader = engine.make_private(
-        module=model, optimizer=optimizer(model.parameters(), lr=0.05), data_loader=loader, noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm, **settings)
+        module=model,
+        optimizer=optimizer(model.parameters(), lr=0.05),
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        **settings,
+    )
     for _ in range(epochs):
         epoch(model, optimizer, loader, *criterion)
     return tell(engine, loader, noise_multiplier, epochs, target_delta)
@@ -233,16 +311,30 @@ def with_another_criterion(model, optimizer, loader, criterion):
 
 
 def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
-    return epsilon(**{"noise_multiplier": noise_multiplier, "sample_rate": 1 / len(loader), "steps": epochs * len(loader),
-                      "target_delta": delta, **others})
+    return epsilon(
+        **{
+            "noise_multiplier": noise_multiplier,
+            "sample_rate": 1 / len(loader),
+            "steps": epochs * len(loader),
+            "target_delta": delta,
+            **others,
+        }
+    )
 
 
-def each_epoch_makes_private_again(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+def each_epoch_makes_private_again(
+    PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta
+):
     loader, optimizer = opacus._parts(model, data, batch_size)
     engine = PrivacyEngine()
     for _ in range(epochs):
-        model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                       noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+        model, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+        )
         opacus._epoch(model, optimizer, loader)
         print(engine.get_epsilon(1e-5))
     return engine.get_epsilon(target_delta)
@@ -251,13 +343,23 @@ def each_epoch_makes_private_again(PrivacyEngine, model, data, noise_multiplier,
 GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
 
 
-@pytest.mark.parametrize("how", [
-    {}, {"accountant": "rdp"}, {"optimizer": torch.optim.Adam}, {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
-    {"epoch": in_small_pieces}, {"epoch": with_the_criterion, **GHOST}, {"poisson_sampling": True},
-    {"tell": lambda engine, loader, sigma, epochs, delta: engine.accountant.get_epsilon(delta=delta)},
-    {"tell": lambda engine, *rest: torch.tensor(engine.get_epsilon(rest[-1]))},
-    {"tell": by_hand}, {"tell": functools.partial(by_hand, accountant="rdp")},
-], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"accountant": "rdp"},
+        {"optimizer": torch.optim.Adam},
+        {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
+        {"epoch": in_small_pieces},
+        {"epoch": with_the_criterion, **GHOST},
+        {"poisson_sampling": True},
+        {"tell": lambda engine, loader, sigma, epochs, delta: engine.accountant.get_epsilon(delta=delta)},
+        {"tell": lambda engine, *rest: torch.tensor(engine.get_epsilon(rest[-1]))},
+        {"tell": by_hand},
+        {"tell": functools.partial(by_hand, accountant="rdp")},
+    ],
+    ids=str,
+)
 def test_a_training_that_is_written_in_another_way_is_right(how):
     verdict = check("5.4", functools.partial(trains, **how))
     assert verdict.passed is True, verdict
@@ -289,14 +391,24 @@ def first_batch_only(model, optimizer, loader):
     opacus._epoch(model, optimizer, [next(iter(loader))])
 
 
-@pytest.mark.parametrize("how, fault", [
-    ({"poisson_sampling": False}, "not Poisson"), ({"epoch": leaves_out_nan}, "skips empty"),
-    ({"epoch": moves_the_weights_too}, "other optimizer"), ({"epoch": lambda *args: None}, "steps"), ({"epoch": first_batch_only}, "steps"),
-    ({"epoch": with_another_criterion, **GHOST}, "old criterion"), ({"accountant": "gdp"}, "no bound"),
-    ({"tell": functools.partial(by_hand, accountant="gdp")}, "no bound"), ({"tell": functools.partial(by_hand, target_delta=1e-5)}, "other delta"),
-    ({"tell": functools.partial(by_hand, sample_rate=128 / 650)}, "other number"), ({"tell": lambda *args: 1.0}, "other number"),
-    ({"tell": lambda engine, *rest: round(engine.get_epsilon(rest[-1]), 1)}, "rounded"),
-], ids=str)
+@pytest.mark.parametrize(
+    "how, fault",
+    [
+        ({"poisson_sampling": False}, "not Poisson"),
+        ({"epoch": leaves_out_nan}, "skips empty"),
+        ({"epoch": moves_the_weights_too}, "other optimizer"),
+        ({"epoch": lambda *args: None}, "steps"),
+        ({"epoch": first_batch_only}, "steps"),
+        ({"epoch": with_another_criterion, **GHOST}, "old criterion"),
+        ({"accountant": "gdp"}, "no bound"),
+        ({"tell": functools.partial(by_hand, accountant="gdp")}, "no bound"),
+        ({"tell": functools.partial(by_hand, target_delta=1e-5)}, "other delta"),
+        ({"tell": functools.partial(by_hand, sample_rate=128 / 650)}, "other number"),
+        ({"tell": lambda *args: 1.0}, "other number"),
+        ({"tell": lambda engine, *rest: round(engine.get_epsilon(rest[-1]), 1)}, "rounded"),
+    ],
+    ids=str,
+)
 def test_a_training_whose_epsilon_is_untrue_is_told_why(how, fault):
     verdict = check("5.4", functools.partial(trains, **how))
     assert (verdict.passed, verdict.message) == (False, opacus._SENTENCES[fault])

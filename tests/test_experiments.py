@@ -29,18 +29,29 @@ def test_a_small_run_of_the_guides_recipe_gives_its_stored_rows_again(target):
 def test_the_guides_recipe_does_not_reach_the_guides_figures():
     without, eight, one = (whole_runs(target) for target in (None, 8.0, 1.0))
     assert [len(runs) for runs in (without, eight, one)] == [10, 10, 10]
-    assert [round(runs[-1]["accuracy"], 2) for runs in (without, eight, one)] == [0.98, 0.88, 0.88]  # not .991, .973, .938
+    assert [round(runs[-1]["accuracy"], 2) for runs in (without, eight, one)] == [
+        0.98,
+        0.88,
+        0.88,
+    ]  # not .991, .973, .938
     spent = [round(eight[epoch - 1]["epsilon_prv"], 2) for epoch in (1, 5, 10)]
     assert spent == pytest.approx([4.36, 6.37, 8.0], abs=0.011)  # not 1.23, 3.87, 6.94
 
 
-POST = {"alice": [0.6405, 0.1169, 0.0792, 0.0619, 0.0521], "bob": [0.5508, 0.1080, 0.0776, 0.0632, 0.0510]}  # as it prints
+POST = {
+    "alice": [0.6405, 0.1169, 0.0792, 0.0619, 0.0521],
+    "bob": [0.5508, 0.1080, 0.0776, 0.0632, 0.0510],
+}  # as it prints
 
 
 def test_the_losses_of_the_post_of_2020_are_met_by_the_plain_run_and_not_by_the_private_one():
     for worker, printed in POST.items():
         plain, private = (
-            [r["loss"] for r in load(name) if (r["n"], r["worker"], r["sizes"], r["skew"]) == (60_000, worker, "1:1", 0)]
+            [
+                r["loss"]
+                for r in load(name)
+                if (r["n"], r["worker"], r["sizes"], r["skew"]) == (60_000, worker, "1:1", 0)
+            ]
             for name in ("two-workers-plain", "two-workers")
         )
         assert plain == pytest.approx(printed, abs=0.1) and plain[1:] == pytest.approx(printed[1:], abs=0.02)
@@ -52,16 +63,23 @@ def test_a_small_run_of_the_plain_two_workers_gives_its_stored_rows_again():
     again = list(two_workers_run(2000, 1, method="sgd"))
     assert len(stored) == len(again) == 2
     for old, new in zip(stored, again):
-        assert old["loss"] == pytest.approx(new["loss"], abs=5e-3) and old["epsilon_prv"] == new["epsilon_prv"] == math.inf
+        assert (
+            old["loss"] == pytest.approx(new["loss"], abs=5e-3) and old["epsilon_prv"] == new["epsilon_prv"] == math.inf
+        )
 
 
 def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
     rows = load("twenty-clients")
     assert len(rows) == 30 and all(row["flwr"] and row["ray"] and row["seconds"] > 0 for row in rows)
     for row in rows:  # 3,000 images, batches of 128: 24 steps a round; a client is in every round
-        of = dict(sample_rate=1 / 24, steps=24 * int(row["round"])) if row["privacy"] == "sample" else \
-            dict(sample_rate=1.0, steps=int(row["round"]))
-        ours = epsilon(noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of)
+        of = (
+            dict(sample_rate=1 / 24, steps=24 * int(row["round"]))
+            if row["privacy"] == "sample"
+            else dict(sample_rate=1.0, steps=int(row["round"]))
+        )
+        ours = epsilon(
+            noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of
+        )
         assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
 
 

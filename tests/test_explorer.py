@@ -136,12 +136,25 @@ def test_after_a_stop_only_a_real_change_trains_again(explore):
 ECHO = 1 + 3e-15  # a page's own rounding
 
 
-@pytest.mark.parametrize("name, value, seen", [
-    ("noise_multiplier", 8.0, "8.00"), ("noise_multiplier", 3.14159, "3.14159"), ("noise_multiplier", 8.0168317, "8.02"),
-    ("noise_multiplier", 0.1, "0.100"), ("noise_multiplier", 0.123456789, "0.123"), ("batch_size", 4000, "4000"),
-    ("batch_size", 4002.3, "4002"), ("epochs", 31, "31"), ("prior", 0.333, "0.333"), ("prior", 0.33333333, "0.33"),
-    ("prior", 0.5, "0.50"), ("target_delta", 1e-5, "1e-5"), ("target_delta", 1.1220185e-5, "1.12e-5"), ("lr", 0.05, "0.0500"),
-])
+@pytest.mark.parametrize(
+    "name, value, seen",
+    [
+        ("noise_multiplier", 8.0, "8.00"),
+        ("noise_multiplier", 3.14159, "3.14159"),
+        ("noise_multiplier", 8.0168317, "8.02"),
+        ("noise_multiplier", 0.1, "0.100"),
+        ("noise_multiplier", 0.123456789, "0.123"),
+        ("batch_size", 4000, "4000"),
+        ("batch_size", 4002.3, "4002"),
+        ("epochs", 31, "31"),
+        ("prior", 0.333, "0.333"),
+        ("prior", 0.33333333, "0.33"),
+        ("prior", 0.5, "0.50"),
+        ("target_delta", 1e-5, "1e-5"),
+        ("target_delta", 1.1220185e-5, "1.12e-5"),
+        ("lr", 0.05, "0.0500"),
+    ],
+)
 def test_the_run_is_what_the_readout_says(name, value, seen):
     slider = slider_for(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), ALL_RANGES[name])
     for sent in (value, value * (1 if name == "epochs" else ECHO)):
@@ -180,7 +193,9 @@ def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
     explorer = explore(dataclasses.replace(QUICK, lr=0.01), optimizer="adam", baseline_lr=1.5)
     explorer.wait(30)
     plain = dataclasses.replace(QUICK, lr=1.5)
-    assert explorer._run.baseline == list(train(models.mlp(), two_moons(400), plain, method="sgd", test_data=two_moons(400)))
+    assert explorer._run.baseline == list(
+        train(models.mlp(), two_moons(400), plain, method="sgd", test_data=two_moons(400))
+    )
     assert explorer.summary().endswith("% at learning rate 1.5.")
     with pytest.raises(ValueError, match="baseline_lr must be a number > 0 and finite, got -1"):
         explore(baseline_lr=-1)
@@ -305,8 +320,11 @@ def test_a_loss_that_is_no_number_any_more_stops_the_run_with_a_reason(explore):
 @pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size"])
 @pytest.mark.parametrize("end", ["min", "max"])
 def test_every_slider_at_its_end_gives_a_finite_picture(explore, name, end):
-    explorer = explore(Settings(epochs=1, batch_size=200), sliders=("noise_multiplier", "max_grad_norm", "epochs"),
-                       ranges={"epochs": Range(1, 5, whole=True), "batch_size": Range(20, 400, log=True, whole=True)})
+    explorer = explore(
+        Settings(epochs=1, batch_size=200),
+        sliders=("noise_multiplier", "max_grad_norm", "epochs"),
+        ranges={"epochs": Range(1, 5, whole=True), "batch_size": Range(20, 400, log=True, whole=True)},
+    )
     explorer.wait(30)
     control = explorer.controls[name]
     edge = getattr(control, end)
@@ -375,8 +393,11 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
 
 
 def test_the_folded_sliders_unfold_by_a_button(explore):
-    button, inside = next(row for row in explore()._box.children if len(getattr(row, "children", ())) == 2
-                          and hasattr(row.children[0], "children")).children
+    button, inside = next(
+        row
+        for row in explore()._box.children
+        if len(getattr(row, "children", ())) == 2 and hasattr(row.children[0], "children")
+    ).children
     assert inside.layout.display == "none"
     button.children[0].value = True
     assert inside.layout.display == "flex"
@@ -394,14 +415,27 @@ def test_the_still_is_a_png_with_the_sentence_as_its_text(explore):
 
 def test_both_painters_draw_every_kind_of_item():
     xs = [1.0, 2.0, math.nan, 4.0, 5.0]
-    panel = Panel("All <kinds>", "x", "y", [
-        Line(xs, [1, 10, 5, math.inf, 100], "private", "line"), plots.Band([1, 5], [1, 2], [3, 4], "budget", "band"),
-        plots.Points([1, 2], [3, 4], "data", "dots"), plots.Points([1, 2], [4, 5], "attacker", "crosses", cross=True),
-        plots.Bars([1, 2, 3], [5, 1], "non-private", "bars"), plots.Mark("budget", "upright", x=2.0), plots.Mark("budget", y=3.0),
-    ], "Everything.", y_log=True)
+    panel = Panel(
+        "All <kinds>",
+        "x",
+        "y",
+        [
+            Line(xs, [1, 10, 5, math.inf, 100], "private", "line"),
+            plots.Band([1, 5], [1, 2], [3, 4], "budget", "band"),
+            plots.Points([1, 2], [3, 4], "data", "dots"),
+            plots.Points([1, 2], [4, 5], "attacker", "crosses", cross=True),
+            plots.Bars([1, 2, 3], [5, 1], "non-private", "bars"),
+            plots.Mark("budget", "upright", x=2.0),
+            plots.Mark("budget", y=3.0),
+        ],
+        "Everything.",
+        y_log=True,
+    )
     for panels in ([panel], [panel, panel]):
         picture = ElementTree.fromstring(plots.svg(panels))
-        assert len(picture.findall(".//{http://www.w3.org/2000/svg}polyline")) == 2 * len(panels)  # a gap makes two pieces
+        assert len(picture.findall(".//{http://www.w3.org/2000/svg}polyline")) == 2 * len(
+            panels
+        )  # a gap makes two pieces
         assert plots.still(panels)._repr_png_()
 
 
@@ -413,7 +447,9 @@ def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_point():
 
 
 def test_a_viewer_draws_what_its_sliders_say():
-    viewer = Viewer(lambda prior: [Panel("p", "x", "y", [Line([0, 1], [0, prior], "private")], f"Prior {prior:g}.")], prior=0.5)
+    viewer = Viewer(
+        lambda prior: [Panel("p", "x", "y", [Line([0, 1], [0, prior], "private")], f"Prior {prior:g}.")], prior=0.5
+    )
     viewer.wait(10)
     assert viewer.summary() == "Prior 0.5."
     viewer.controls["prior"].value = 0.9
@@ -433,7 +469,9 @@ def test_a_viewer_needs_a_range_for_an_unknown_name():
 
 
 def test_the_playground_keeps_runs_side_by_side():
-    scenes = {name: Scene(two_moons(300, seed), models.mlp, QUICK, two_moons(200, 9)) for seed, name in enumerate(("a", "b"))}
+    scenes = {
+        name: Scene(two_moons(300, seed), models.mlp, QUICK, two_moons(200, 9)) for seed, name in enumerate(("a", "b"))
+    }
     playground = Playground(scenes)
     try:
         playground.pin()
@@ -458,8 +496,12 @@ def play():
     made = []
 
     def make(settings=QUICK, **more):
-        scenes = {name: Scene(two_moons(n), models.mlp, dataclasses.replace(settings, lr=lr), two_moons(200, 9), baseline_lr=1.0)
-                  for name, n, lr in (("a", 300, 1.0), ("b", 200, 0.5))}
+        scenes = {
+            name: Scene(
+                two_moons(n), models.mlp, dataclasses.replace(settings, lr=lr), two_moons(200, 9), baseline_lr=1.0
+            )
+            for name, n, lr in (("a", 300, 1.0), ("b", 200, 0.5))
+        }
         made.append(Playground(scenes, **more))
         return made[-1]
 
@@ -538,8 +580,20 @@ def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_slider
     assert playground.explorer._run.settings.lr == 0.1 and playground.explorer._run.baseline == before
 
 
-@pytest.mark.parametrize("value, text", [(150_000, "1.5e5"), (100_000, "1e5"), (1_250_000, "1.25e6"), (99_999, "99999"),
-                                         (0, "0"), (-200_000, "-2e5"), (0.00015, "1.5e-4"), (0.001, "0.001"), (0.3, "0.3")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (150_000, "1.5e5"),
+        (100_000, "1e5"),
+        (1_250_000, "1.25e6"),
+        (99_999, "99999"),
+        (0, "0"),
+        (-200_000, "-2e5"),
+        (0.00015, "1.5e-4"),
+        (0.001, "0.001"),
+        (0.3, "0.3"),
+    ],
+)
 def test_a_tick_says_its_value(value, text):
     assert plots._tick_text(value) == text and float(text) == value
 
@@ -563,6 +617,7 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
                 return function(*args, **kwargs)
             finally:
                 drawing.append(time.thread_time() - began)
+
         return run
 
     monkeypatch.setattr(room, "svg", timed(room.svg))
@@ -594,17 +649,27 @@ def test_the_federated_explorer_trains_what_train_rounds_trains(federate):
     explorer = federate(rounds=3, noise_multipliers=(1.5, 1.1))
     explorer.wait(30)
     parts = split(two_moons(400), 2)
-    workers = [Worker(name, part, Settings(sigma, epochs=1, batch_size=50, lr=1.0))
-               for name, part, sigma in zip(("alice", "bob"), parts, (1.5, 1.1))]
+    workers = [
+        Worker(name, part, Settings(sigma, epochs=1, batch_size=50, lr=1.0))
+        for name, part, sigma in zip(("alice", "bob"), parts, (1.5, 1.1))
+    ]
     assert explorer.rounds == list(train_rounds(workers, models.mlp(), 3, test_data=two_moons(200, seed=1)))
     assert explorer.status.startswith("Finished") and "never their sum or mean" in explorer._price_line.value
     assert f"alice (200 records, σ = 1.5): ε = {workers[0].epsilon():.2f} (PRV)" in explorer.summary()
     ElementTree.fromstring(explorer._picture.value)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("noise_multiplier_bob", 5.0), ("rounds", 2), ("share", 0.9), ("share", 0.02), ("skew", 0.99), ("weights", "equal"),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("noise_multiplier_bob", 5.0),
+        ("rounds", 2),
+        ("share", 0.9),
+        ("share", 0.02),
+        ("skew", 0.99),
+        ("weights", "equal"),
+    ],
+)
 def test_every_control_of_the_federated_explorer_trains_again_with_its_value(federate, name, value):
     explorer = federate(rounds=1)
     explorer.wait(30)
@@ -635,7 +700,9 @@ def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
 def test_a_long_federation_says_so_before_its_first_round_ends(federate):
     explorer = federate(rounds=20, settings=Settings(1.2, epochs=20_000, batch_size=50, lr=0.1))
     wait_for(lambda: "minutes to go" in explorer.status, 30)
-    assert re.search(r"This run has 3,200,000 steps and takes about \d+ minutes\. Stop ends it\.", explorer._price_line.value)
+    assert re.search(
+        r"This run has 3,200,000 steps and takes about \d+ minutes\. Stop ends it\.", explorer._price_line.value
+    )
 
 
 def test_the_federations_accuracy_is_of_records_not_images(federate):
@@ -659,7 +726,9 @@ def test_a_federation_that_diverges_stops_with_a_reason(federate):
 
 
 def test_the_federated_explorer_refuses_what_makes_no_sense():
-    for more, sentence in (({"workers": ["alice"]}, "workers must be at least two different names"),
-                           ({"noise_multipliers": [1.0]}, "noise_multipliers must hold one number for each of the 2 workers")):
+    for more, sentence in (
+        ({"workers": ["alice"]}, "workers must be at least two different names"),
+        ({"noise_multipliers": [1.0]}, "noise_multipliers must hold one number for each of the 2 workers"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             FederatedExplorer(two_moons(100), models.mlp, test_data=two_moons(50), **more)

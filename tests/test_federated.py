@@ -37,17 +37,25 @@ def test_every_workers_epsilon_is_that_of_its_own_steps_over_all_rounds(names):
     per_round = math.ceil(len(workers[0].data) / 20)
     for made in rounds:
         for worker in workers:
-            alone = epsilon(noise_multiplier=1.2, sample_rate=1 / per_round, steps=made.round * per_round, accountant="rdp")
+            alone = epsilon(
+                noise_multiplier=1.2, sample_rate=1 / per_round, steps=made.round * per_round, accountant="rdp"
+            )
             assert made.epsilons[worker.name] == pytest.approx(alone, rel=1e-9)
     assert [made.round for made in rounds] == [1, 2, 3] and 0 <= rounds[-1].accuracy <= 1
 
 
 def test_workers_with_other_sizes_and_noise_spend_other_amounts():
-    alice, bob = (Worker(name, part, dataclasses.replace(SETTINGS, noise_multiplier=sigma))
-                  for name, part, sigma in zip(("alice", "bob"), split(MOONS, 2, weights=[3, 1]), (1.5, 1.1)))
+    alice, bob = (
+        Worker(name, part, dataclasses.replace(SETTINGS, noise_multiplier=sigma))
+        for name, part, sigma in zip(("alice", "bob"), split(MOONS, 2, weights=[3, 1]), (1.5, 1.1))
+    )
     *_, made = train_rounds([alice, bob], models.mlp(), 2)
-    assert made.epsilons["alice"] == pytest.approx(epsilon(noise_multiplier=1.5, sample_rate=1 / 6, steps=12, accountant="rdp"))
-    assert made.epsilons["bob"] == pytest.approx(epsilon(noise_multiplier=1.1, sample_rate=1 / 2, steps=4, accountant="rdp"))
+    assert made.epsilons["alice"] == pytest.approx(
+        epsilon(noise_multiplier=1.5, sample_rate=1 / 6, steps=12, accountant="rdp")
+    )
+    assert made.epsilons["bob"] == pytest.approx(
+        epsilon(noise_multiplier=1.1, sample_rate=1 / 2, steps=4, accountant="rdp")
+    )
 
 
 def test_a_second_run_on_the_same_records_adds_up():
@@ -65,7 +73,9 @@ def test_a_round_is_charged_before_its_first_step():
     next(steps)
     steps.close()  # killed in the middle
     assert worker.ledger.steps == worker.steps_per_round
-    assert worker.epsilon("rdp") == pytest.approx(epsilon(noise_multiplier=1.2, sample_rate=1 / 4, steps=4, accountant="rdp"))
+    assert worker.epsilon("rdp") == pytest.approx(
+        epsilon(noise_multiplier=1.2, sample_rate=1 / 4, steps=4, accountant="rdp")
+    )
 
 
 def test_nothing_is_charged_before_the_first_round_is_asked_for():
@@ -95,7 +105,12 @@ def test_no_noise_is_drawn_twice_by_another_worker_or_in_another_round():
         list(worker.train_round(model))
         return flat(model)
 
-    results = [trained(alike[0]), trained(alike[1]), trained(alike[0]), trained(Worker("alice", MOONS, dataclasses.replace(SETTINGS, seed=1)))]
+    results = [
+        trained(alike[0]),
+        trained(alike[1]),
+        trained(alike[0]),
+        trained(Worker("alice", MOONS, dataclasses.replace(SETTINGS, seed=1))),
+    ]
     assert all(not torch.allclose(a, b) for k, a in enumerate(results) for b in results[:k])
     assert torch.equal(trained(Worker("alice", MOONS, SETTINGS)), results[0])  # but the whole can be repeated
 
@@ -109,18 +124,25 @@ def test_a_worker_trains_as_train_does():
 
 
 def test_a_worker_without_noise_or_without_privacy_spends_everything():
-    for worker in (Worker("a", MOONS, dataclasses.replace(SETTINGS, noise_multiplier=0)), Worker("a", MOONS, SETTINGS, method="sgd")):
+    for worker in (
+        Worker("a", MOONS, dataclasses.replace(SETTINGS, noise_multiplier=0)),
+        Worker("a", MOONS, SETTINGS, method="sgd"),
+    ):
         list(worker.train_round(models.mlp()))
         assert worker.epsilon() == math.inf
 
 
 @pytest.mark.parametrize("method", ["dpsgd", "opacus"])
 def test_both_private_methods_spend_the_same_and_learn(method):
-    workers = [Worker(name, part, Settings(0.8, epochs=2, batch_size=50, lr=2.0), method=method)
-               for name, part in zip(("alice", "bob"), split(two_moons(1000), 2))]
+    workers = [
+        Worker(name, part, Settings(0.8, epochs=2, batch_size=50, lr=2.0), method=method)
+        for name, part in zip(("alice", "bob"), split(two_moons(1000), 2))
+    ]
     *_, made = train_rounds(workers, models.mlp(), 5, test_data=TEST)
     assert made.accuracy > 0.85
-    assert made.epsilons["alice"] == pytest.approx(epsilon(noise_multiplier=0.8, sample_rate=0.1, steps=100, accountant="rdp"))
+    assert made.epsilons["alice"] == pytest.approx(
+        epsilon(noise_multiplier=0.8, sample_rate=0.1, steps=100, accountant="rdp")
+    )
 
 
 def test_the_turns_hold_the_same_rounds_and_every_step_of_every_worker():
@@ -163,20 +185,38 @@ def test_the_average_keeps_a_counters_type():
     assert averaged["num_batches_tracked"] == 0 and averaged["num_batches_tracked"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("call, sentence", [
-    (lambda: federated_average([]), "models must hold at least one model, got none"),
-    (lambda: federated_average([nn.Linear(1, 1)] * 2, [1]), "weights must hold one number for each of the 2 models"),
-    (lambda: federated_average([nn.Linear(1, 1)] * 2, [0, 0]), "not all zero"),
-    (lambda: federated_average([nn.Linear(1, 1)], [-1]), "weights must be a number >= 0"),
-    (lambda: federated_average([nn.Linear(1, 1), nn.Linear(2, 1)]), "models must have the same names and shapes, got a model 1 .*'weight'"),
-    (lambda: federated_average([nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))]), "hand in model._module"),
-    (lambda: train_rounds([], models.mlp(), 1), "workers must be at least one"),
-    (lambda: train_rounds(pair(names=("a", "b")) + pair(names=("a",)), models.mlp(), 1), "a name of its own, got .*'a', 'b', 'a'"),
-    (lambda: train_rounds(pair(), models.mlp(), 0), "rounds must be a whole number >= 1, got 0"),
-    (lambda: train_rounds(pair(), models.mlp(), 1, weights="loss"), "weights must be one of 'size', 'equal', got 'loss'"),
-    (lambda: Worker("", MOONS, SETTINGS), "name must be a text that is not empty, got ''"),
-    (lambda: Worker("bob", MOONS.take(10), SETTINGS), "batch_size must be at most the number of records .10., got 50"),
-])
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: federated_average([]), "models must hold at least one model, got none"),
+        (
+            lambda: federated_average([nn.Linear(1, 1)] * 2, [1]),
+            "weights must hold one number for each of the 2 models",
+        ),
+        (lambda: federated_average([nn.Linear(1, 1)] * 2, [0, 0]), "not all zero"),
+        (lambda: federated_average([nn.Linear(1, 1)], [-1]), "weights must be a number >= 0"),
+        (
+            lambda: federated_average([nn.Linear(1, 1), nn.Linear(2, 1)]),
+            "models must have the same names and shapes, got a model 1 .*'weight'",
+        ),
+        (lambda: federated_average([nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))]), "hand in model._module"),
+        (lambda: train_rounds([], models.mlp(), 1), "workers must be at least one"),
+        (
+            lambda: train_rounds(pair(names=("a", "b")) + pair(names=("a",)), models.mlp(), 1),
+            "a name of its own, got .*'a', 'b', 'a'",
+        ),
+        (lambda: train_rounds(pair(), models.mlp(), 0), "rounds must be a whole number >= 1, got 0"),
+        (
+            lambda: train_rounds(pair(), models.mlp(), 1, weights="loss"),
+            "weights must be one of 'size', 'equal', got 'loss'",
+        ),
+        (lambda: Worker("", MOONS, SETTINGS), "name must be a text that is not empty, got ''"),
+        (
+            lambda: Worker("bob", MOONS.take(10), SETTINGS),
+            "batch_size must be at most the number of records .10., got 50",
+        ),
+    ],
+)
 def test_bad_input_is_one_error_at_the_call(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
@@ -195,6 +235,16 @@ def test_a_small_run_of_the_two_workers_gives_its_stored_rows_again():
 
 
 def test_the_blogs_setting_in_full_reaches_what_the_notebook_says_of_it():
-    whole = [r for r in load("two-workers") if r["n"] == 60_000 and r["worker"] == "alice" and r["sizes"] == "1:1" and r["skew"] == 0]
-    assert [round(r["epsilon_classic"], 2) for r in whole] == [0.86, 0.9, 0.93, 0.97, 1.01]  # q = 1/235; with 128/30000: 0.94
+    whole = [
+        r
+        for r in load("two-workers")
+        if r["n"] == 60_000 and r["worker"] == "alice" and r["sizes"] == "1:1" and r["skew"] == 0
+    ]
+    assert [round(r["epsilon_classic"], 2) for r in whole] == [
+        0.86,
+        0.9,
+        0.93,
+        0.97,
+        1.01,
+    ]  # q = 1/235; with 128/30000: 0.94
     assert whole[-1]["accuracy"] > 0.87 and whole[-1]["records"] == 30_000

@@ -40,7 +40,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS = 300, 3  # batches of 128: three steps a round
 SIGMAS = {"alice": 1.5, "bob": 1.1}
 RUN_CONFIG = {
-    "model": "mlp", "local-epochs": 1, "batch-size": 128, "lr": 0.5, "records": RECORDS, "method": "dpsgd", "privacy": "sample",
+    "model": "mlp",
+    "local-epochs": 1,
+    "batch-size": 128,
+    "lr": 0.5,
+    "records": RECORDS,
+    "method": "dpsgd",
+    "privacy": "sample",
 }
 
 
@@ -58,7 +64,13 @@ def owed(name, rounds):
 @pytest.fixture
 def context(tmp_path):
     """The context of one node; its ledger is in a file of its own."""
-    node = {"name": "alice", "partition-id": 0, "num-partitions": 2, "noise-multiplier": 1.5, "ledger": str(tmp_path / "alice.json")}
+    node = {
+        "name": "alice",
+        "partition-id": 0,
+        "num-partitions": 2,
+        "noise-multiplier": 1.5,
+        "ledger": str(tmp_path / "alice.json"),
+    }
     Ledger(node["ledger"], new=True)
     return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=dict(RUN_CONFIG))
 
@@ -71,7 +83,9 @@ def asked(context):
 def test_a_client_tells_the_epsilon_of_its_whole_ledger_and_no_loss(context):
     first, second = asked(context), asked(context)
     assert dict(first["metrics"]) == {
-        "num-examples": RECORDS, "steps": STEPS, "epsilon": pytest.approx(owed("alice", 1)),
+        "num-examples": RECORDS,
+        "steps": STEPS,
+        "epsilon": pytest.approx(owed("alice", 1)),
         "epsilon-by-state": pytest.approx(owed("alice", 1)),
     }
     assert second["metrics"]["epsilon"] == pytest.approx(owed("alice", 2)) and second["metrics"]["steps"] == 2 * STEPS
@@ -82,7 +96,9 @@ def test_the_memory_of_flower_forgets_what_the_ledger_keeps(context):
     asked(context)
     context.state = RecordDict()  # a SuperNode was killed, or a second run begins
     told = asked(context)["metrics"]
-    assert told["epsilon-by-state"] == pytest.approx(owed("alice", 1)) and told["epsilon"] == pytest.approx(owed("alice", 2))
+    assert told["epsilon-by-state"] == pytest.approx(owed("alice", 1)) and told["epsilon"] == pytest.approx(
+        owed("alice", 2)
+    )
 
 
 def test_the_charge_is_on_the_disk_before_the_first_step(context, monkeypatch):
@@ -117,10 +133,22 @@ def refused(context, tmp_path, monkeypatch):
     return answer["refusal"]["why"]
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("noise-multiplier", 0.0), ("noise-multiplier", 50.0), ("max-grad-norm", 1e6), ("target-delta", 0.5), ("max-epsilon", 1e9),
-    ("ledger", "other.json"), ("ledgers", "."), ("data", "other.pt"), ("name", "bob"), ("partition-id", 1), ("num-partitions", 1),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("noise-multiplier", 0.0),
+        ("noise-multiplier", 50.0),
+        ("max-grad-norm", 1e6),
+        ("target-delta", 0.5),
+        ("max-epsilon", 1e9),
+        ("ledger", "other.json"),
+        ("ledgers", "."),
+        ("data", "other.pt"),
+        ("name", "bob"),
+        ("partition-id", 1),
+        ("num-partitions", 1),
+    ],
+)
 def test_a_run_can_not_decide_what_only_the_node_may(context, tmp_path, monkeypatch, key, value):
     context.run_config[key] = value
     told = f"{key} must not be in a run's config, got {value!r}: only a node's own --node-config may set it"
@@ -170,7 +198,9 @@ def test_opacus_itself_does_the_work_and_its_noise_is_other_noise_each_time(cont
 
     context.run_config |= {"method": "opacus", "local-epochs": 2}
     seen, make_private = [], PrivacyEngine.make_private
-    monkeypatch.setattr(PrivacyEngine, "make_private", lambda self, **asked: seen.append(asked) or make_private(self, **asked))
+    monkeypatch.setattr(
+        PrivacyEngine, "make_private", lambda self, **asked: seen.append(asked) or make_private(self, **asked)
+    )
     ways = [asked(context)["arrays"].to_torch_state_dict() for _ in range(2)]
     assert [(one["noise_multiplier"], one["max_grad_norm"]) for one in seen] == [(1.5, 1.0)] * 2
     assert list(ways[0]) == list(models.mlp(784, 64, 10).state_dict())  # no "_module."
@@ -230,8 +260,10 @@ def test_virtual_nodes_have_their_own_config_from_a_file_of_their_owner(context,
 
 
 def test_the_server_keeps_each_epsilon_apart():
-    replies = [RecordDict({"metrics": MetricRecord({"num-examples": n, "epsilon": e}), "who": ConfigRecord({"name": name})})
-               for name, n, e in (("alice", 100, 1.0), ("bob", 300, 3.0))]
+    replies = [
+        RecordDict({"metrics": MetricRecord({"num-examples": n, "epsilon": e}), "who": ConfigRecord({"name": name})})
+        for name, n, e in (("alice", 100, 1.0), ("bob", 300, 3.0))
+    ]
     kept = server_app.apart(replies, "num-examples")
     assert dict(kept) == {"num-examples/alice": 100, "epsilon/alice": 1.0, "num-examples/bob": 300, "epsilon/bob": 3.0}
 
@@ -250,6 +282,7 @@ def test_a_refusal_ends_the_run_with_its_reason():
 
 def test_flowers_accountant_for_whole_clients_agrees_with_ours():
     from flwr.serverapp import GaussianPrivacyEvent
+
     strategy = server_app.central(server_app.FedAvg(), CENTRAL)
     for _ in range(10):
         strategy.accountant.compose(GaussianPrivacyEvent(noise_multiplier=1.0, sample_size=20, population_size=20))
@@ -263,9 +296,13 @@ def test_flower_draws_a_fixed_number_of_clients_and_counts_no_draw_at_all():
 
     grid = SimpleNamespace(get_node_ids=lambda: list(range(1000)))
     assert {len(set(sample_nodes(grid, 1000, 20)[0])) for _ in range(50)} == {20}
-    for draw, change in ((SamplingMethod.POISSON, NeighboringRelation.ADD_OR_REMOVE_ONE),
-                         (SamplingMethod.WITHOUT_REPLACEMENT, NeighboringRelation.REPLACE_ONE)):
-        config = PrivacyConfig(target_delta=1e-5, population_size=1000, sampling_method=draw, neighboring_relation=change)
+    for draw, change in (
+        (SamplingMethod.POISSON, NeighboringRelation.ADD_OR_REMOVE_ONE),
+        (SamplingMethod.WITHOUT_REPLACEMENT, NeighboringRelation.REPLACE_ONE),
+    ):
+        config = PrivacyConfig(
+            target_delta=1e-5, population_size=1000, sampling_method=draw, neighboring_relation=change
+        )
         with pytest.raises(ValueError, match="requires sampling_method='no-amplification'"):
             server_app.Central(server_app.FedAvg(), 1.0, 1.0, 20, accountant=RdpAccountant(config))
     unequal = [SimpleNamespace(content=RecordDict({"metrics": MetricRecord({"num-examples": n})})) for n in (100, 300)]
@@ -279,7 +316,8 @@ def test_flower_draws_a_fixed_number_of_clients_and_counts_no_draw_at_all():
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """One federation, and what happens to it: two runs, one that is given too little time, a kill in mid-round, a restart and
-    a run, a damaged ledger, and the end. ``told``: what came of each; ``steps``: what alice's ledger held before it."""
+    a run, a damaged ledger, and the end. ``told``: what came of each; ``steps``: what alice's ledger held before it.
+    """
     folder, told, steps = tmp_path_factory.mktemp("ledgers"), {}, {}
 
     def chapter(name, rounds=1, timeout=180, **config):
@@ -334,7 +372,9 @@ def test_two_runs_in_a_row_add_up_and_the_memory_of_flower_does_not(story):
 
 def test_a_killed_node_is_one_message_and_not_a_hang(story):
     for chapter in ("killed", "still dead"):
-        assert "The node 'alice' has ended" in str(story.told[chapter]) and "restart('alice')" in str(story.told[chapter])
+        assert "The node 'alice' has ended" in str(story.told[chapter]) and "restart('alice')" in str(
+            story.told[chapter]
+        )
         assert story.told[f"{chapter}, seconds"] < 150
 
 
@@ -364,7 +404,9 @@ def test_a_ledger_that_vanishes_while_the_federation_lives_stops_the_run_and_is_
 
 
 def test_a_run_that_asks_for_no_noise_stops_with_a_nodes_name_and_nothing_is_charged(story):
-    assert re.search("(alice|bob) refused round 1: privacy must be 'sample' on this node", str(story.told["less noise"]))
+    assert re.search(
+        "(alice|bob) refused round 1: privacy must be 'sample' on this node", str(story.told["less noise"])
+    )
     assert story.told["before less noise"] == story.told["after less noise"]
 
 
@@ -412,7 +454,9 @@ def test_a_kill_that_is_not_over_does_not_reach_the_node_that_is_started_next(tm
     federation._mark, federation._home, federation._keeper = uuid.uuid4().hex, tmp_path, object()
     monkeypatch.setattr(federation, "_start_node", lambda name: federation._spawn(name, "sleep", "60"))
     monkeypatch.setattr(federation, "_wait_online", lambda: None)
-    monkeypatch.setattr("dpteach.flower.federation.end", lambda *args, **kwargs: (time.sleep(0.5), keeper.end(*args, **kwargs)))
+    monkeypatch.setattr(
+        "dpteach.flower.federation.end", lambda *args, **kwargs: (time.sleep(0.5), keeper.end(*args, **kwargs))
+    )
     federation._make_ledgers()
     federation._start_node("alice")
     federation.kill("alice", in_next_round=True)
@@ -467,7 +511,11 @@ class Stranger:
     """
 
     BECOME = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    READ = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search"]
+    READ = [
+        "--inh-caps=-all,+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+        "--bounding-set=-all,+dac_read_search",
+    ]
 
     def __init__(self, home):
         self.home, self.mark, self.opened, self.become = home, home / "mark", [], self.BECOME
@@ -480,11 +528,25 @@ class Stranger:
 
     def start(self, *command):
         """One of the commands as the other user; its output goes to ``said``."""
-        environment = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}", "FLWR_HOME": str(self.home), "HOME": str(self.home),
-                       "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+            "FLWR_HOME": str(self.home),
+            "HOME": str(self.home),
+            "PYTHONPATH": str(ROOT),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         log = (self.home / f"{len(self.opened)}.log").open("w+")
-        process = subprocess.Popen([*self.become, *command], cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*self.become, *command],
+            cwd=self.home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         process.said = lambda: Path(log.name).read_text(errors="replace")
         self.opened.append(process)
         return process
@@ -495,9 +557,14 @@ class Stranger:
     def flwr(self, port, how):
         """What these commands come to: list, register a key, and run an own program; and the uid that ran it, if any."""
         self.mark.unlink(missing_ok=True)
-        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "x"\n[superlink.x]\naddress = "127.0.0.1:{port}"\n{how}\n')
-        came = [self.succeeds("flwr", "list"), self.succeeds("flwr", "supernode", "register", "own.pub"),
-                self.succeeds("flwr", "run", "evil", "-c", f'mark="{self.mark}"')]
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "x"\n[superlink.x]\naddress = "127.0.0.1:{port}"\n{how}\n'
+        )
+        came = [
+            self.succeeds("flwr", "list"),
+            self.succeeds("flwr", "supernode", "register", "own.pub"),
+            self.succeeds("flwr", "run", "evil", "-c", f'mark="{self.mark}"'),
+        ]
         deadline = time.monotonic() + (60 if came[-1] else 3)
         while not self.mark.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -519,8 +586,12 @@ def stranger():
         pytest.skip("only root can become somebody else, with setpriv")
     with tempfile.TemporaryDirectory() as home:
         stranger = Stranger(Path(home))
-        can = (sys.executable, "-c", "import os, subprocess as s, dpteach; "
-               f"assert os.getuid() == {NOBODY} and s.run(['flower-superlink', '--version']).returncode == 0")
+        can = (
+            sys.executable,
+            "-c",
+            "import os, subprocess as s, dpteach; "
+            f"assert os.getuid() == {NOBODY} and s.run(['flower-superlink', '--version']).returncode == 0",
+        )
         if not stranger.succeeds(*can):
             stranger.become = [*stranger.BECOME, *stranger.READ]
         assert stranger.succeeds(*can), stranger.opened[-1].said()
@@ -529,10 +600,25 @@ def stranger():
 
 
 def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
-    environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}", "FLWR_HOME": str(stranger.home / "link"),
-                   "FLWR_TELEMETRY_ENABLED": "0", keeper.VARIABLE: (mark := uuid.uuid4().hex)}
-    subprocess.Popen(["flower-superlink", "--insecure", "--port", str(open_port := _free_port()), "--disable-runtime-dependency-installation"],
-                     env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {
+        **os.environ,
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        "FLWR_HOME": str(stranger.home / "link"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        keeper.VARIABLE: (mark := uuid.uuid4().hex),
+    }
+    subprocess.Popen(
+        [
+            "flower-superlink",
+            "--insecure",
+            "--port",
+            str(open_port := _free_port()),
+            "--disable-runtime-dependency-installation",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         with Federation([Node(name, sigma) for name, sigma in SIGMAS.items()], start_timeout=180) as federation:
             run = federation.rounds(2, timeout=180, records=RECORDS)
@@ -541,10 +627,16 @@ def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
             assert len(ports) == 1 + len(SIGMAS) and federation._port in ports
             (stranger.home / "seen.crt").write_text(ssl.get_server_certificate(("127.0.0.1", federation._port)))
             trusting = f'root-certificates = "{stranger.home}/seen.crt"'  # what the port shows to everybody
-            joins = [stranger.join(federation._port, "--root-certificates", "seen.crt", "--auth-supernode-private-key", "own.key"),
-                     stranger.join(federation._port, "--insecure")]
+            joins = [
+                stranger.join(
+                    federation._port, "--root-certificates", "seen.crt", "--auth-supernode-private-key", "own.key"
+                ),
+                stranger.join(federation._port, "--insecure"),
+            ]
             for port in ports:  # no answer at all: so a token that is read in somebody's command line opens nothing
-                look = f"from dpteach.flower.door import answers_strangers as a; assert a({open_port}) and not a({port})"
+                look = (
+                    f"from dpteach.flower.door import answers_strangers as a; assert a({open_port}) and not a({port})"
+                )
                 assert stranger.succeeds(sys.executable, "-c", look)
             assert stranger.flwr(federation._port, trusting) == (False, False, False, None)
             # The same attempts succeed where nothing is closed: as root.
@@ -565,8 +657,14 @@ def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
 
 
 def test_a_port_that_answers_everybody_ends_the_federation(monkeypatch):
-    monkeypatch.setattr(Federation, "_environment", lambda self, name, whole=Federation._environment: {
-        **whole(self, name), "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"})
+    monkeypatch.setattr(
+        Federation,
+        "_environment",
+        lambda self, name, whole=Federation._environment: {
+            **whole(self, name),
+            "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
+        },
+    )
     federation = Federation([Node("alice"), Node("bob")], start_timeout=180)
     with pytest.raises(RuntimeError, match="answers people who have no certificate"), federation:
         pass
@@ -580,7 +678,10 @@ def test_a_simulation_gives_ray_a_token_of_its_own(monkeypatch, tmp_path):
         simulation._mark, simulation._home = "mark", tmp_path
     told = [simulation._environment("run") for simulation in simulations]
     assert [environment["RAY_AUTH_MODE"] for environment in told] == ["token"] * 2
-    assert len({environment["RAY_AUTH_TOKEN"] for environment in told}) == 2 and min(len(e["RAY_AUTH_TOKEN"]) for e in told) == 64
+    assert (
+        len({environment["RAY_AUTH_TOKEN"] for environment in told}) == 2
+        and min(len(e["RAY_AUTH_TOKEN"]) for e in told) == 64
+    )
 
 
 # Nothing is left
@@ -643,12 +744,20 @@ def test_nothing_is_left_after_a_signal_to_the_one_who_started_it(sent):
             list(federation.rounds(5, timeout=180, records=300))
     """)
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that were started by nohup ignore it, and hand that on
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests that were started by nohup ignore it, and hand that on
     )
     mark, home, port = json.loads(parent.stdout.readline())
     deadline = time.monotonic() + 60
-    while not any("run" in p.environ().get(keeper.VARIABLE, "") for p in keeper.marked(mark)) and time.monotonic() < deadline:
+    while (
+        not any("run" in p.environ().get(keeper.VARIABLE, "") for p in keeper.marked(mark))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)  # until a run is under way
     parent.send_signal(sent)
     parent.communicate(timeout=60)
@@ -662,33 +771,58 @@ def test_nothing_is_left_after_a_signal_to_the_one_who_started_it(sent):
 def terminals(tmp_path):
     """Runs the notebook's command blocks in one empty folder, on free ports, and ends what they leave running."""
     notebook = nbformat.read(ROOT / "notebooks" / "07_flower.ipynb", as_version=4)
-    blocks = {cell.id: found.group(1) for cell in notebook.cells if (found := re.search(r"```bash\n(.*?)```", cell.source, re.S))}
+    blocks = {
+        cell.id: found.group(1)
+        for cell in notebook.cells
+        if (found := re.search(r"```bash\n(.*?)```", cell.source, re.S))
+    }
     exports = next(line for line in blocks["terminal-1"].splitlines() if line.startswith("export "))
     mark, ports = uuid.uuid4().hex, {}
-    environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
-                   keeper.VARIABLE: mark, "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
+        keeper.VARIABLE: mark,
+        "PYTHONUNBUFFERED": "1",
+    }
 
     class Terminals:
         folder = tmp_path
 
         def text(self, id, **changed):
             text = f"{exports}\n{blocks[id]}"
-            for old, new in {"num-server-rounds=3 records=2000": f"num-server-rounds=1 records={RECORDS}", **changed}.items():
+            for old, new in {
+                "num-server-rounds=3 records=2000": f"num-server-rounds=1 records={RECORDS}",
+                **changed,
+            }.items():
                 text = text.replace(old, new)
             return re.sub(r"\b(8000|909\d)\b", lambda m: str(ports.setdefault(m.group(), _free_port())), text)
 
         def run(self, id, **changed):
             """What the block prints; it must succeed."""
-            made = subprocess.run(["bash", "-ec", self.text(id, **changed)], cwd=tmp_path, env=environment, text=True, timeout=300,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            made = subprocess.run(
+                ["bash", "-ec", self.text(id, **changed)],
+                cwd=tmp_path,
+                env=environment,
+                text=True,
+                timeout=300,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             assert made.returncode == 0, made.stdout[-2000:]
             return made.stdout
 
         def open(self, name, id, **changed):
             """Start the block in a terminal that stays open, with its output in ``name.log``."""
             with (tmp_path / f"{name}.log").open("w") as log:
-                return subprocess.Popen(["bash", "-ec", self.text(id, **changed)], cwd=tmp_path, env=environment,
-                                        stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                return subprocess.Popen(
+                    ["bash", "-ec", self.text(id, **changed)],
+                    cwd=tmp_path,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
 
         def said(self, name):
             return (tmp_path / f"{name}.log").read_text(errors="replace")
@@ -696,7 +830,9 @@ def terminals(tmp_path):
         def wait(self, condition, seconds=120):
             deadline = time.monotonic() + seconds
             while not condition():
-                assert time.monotonic() < deadline, {path.name: path.read_text(errors="replace")[-500:] for path in tmp_path.glob("*.log")}
+                assert time.monotonic() < deadline, {
+                    path.name: path.read_text(errors="replace")[-500:] for path in tmp_path.glob("*.log")
+                }
                 time.sleep(0.2)
 
         def online(self, *names):
@@ -723,21 +859,25 @@ def test_the_three_terminals_of_the_notebook_train(terminals):
     assert {name: told[f"epsilon/{name}"] for name in SIGMAS} == {name: pytest.approx(owed(name, 1)) for name in SIGMAS}
     assert Ledger(terminals.folder / "alice.json").steps == STEPS
     whole = f"num-server-rounds=1 records={RECORDS}"
-    assert not rounds_in(terminals.run("terminal-run", **{whole: f"{whole} noise-multiplier=0.0", "flwr run": "! flwr run"}))
+    assert not rounds_in(
+        terminals.run("terminal-run", **{whole: f"{whole} noise-multiplier=0.0", "flwr run": "! flwr run"})
+    )
     assert Ledger(terminals.folder / "alice.json").steps == STEPS
     assert all(node.poll() is None for node in nodes)
 
 
 def test_with_certificates_and_keys_known_nodes_train_and_strangers_stay_out(terminals):
     for name in ("alice", "bob", "eve"):
-        torch.save({"X": torch.rand(RECORDS, 1, 28, 28), "y": torch.arange(RECORDS) % 10}, terminals.folder / f"{name}.pt")
+        torch.save(
+            {"X": torch.rand(RECORDS, 1, 28, 28), "y": torch.arange(RECORDS) % 10}, terminals.folder / f"{name}.pt"
+        )
     terminals.run("tls-certificate")
     terminals.link("tls-link")
     terminals.run("tls-key")
-    terminals.run("tls-key", **{"alice": "eve", "bob": "unused"})
+    terminals.run("tls-key", alice="eve", bob="unused")
     terminals.run("tls-register")
     terminals.run("ledgers")
-    terminals.run("ledgers", **{"alice": "eve", "bob": "unused"})
+    terminals.run("ledgers", alice="eve", bob="unused")
     terminals.open("alice", "tls-node")
     terminals.open("bob", "tls-node", **{"alice": "bob", "9094": "9095", "=1.5": "=1.1"})
     stranger = terminals.open("eve", "tls-node", **{"alice": "eve", "9094": "9096"})

@@ -32,11 +32,17 @@ def flat(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method, noise_multiplier", [(m, 0.0) for m in METHODS] + [("dpsgd", 1.2)])  # Opacus draws on the GPU
+@pytest.mark.parametrize(
+    "method, noise_multiplier", [(m, 0.0) for m in METHODS] + [("dpsgd", 1.2)]
+)  # Opacus draws on the GPU
 def test_a_run_is_that_of_the_cpu_but_for_rounding(method, noise_multiplier, optimizer):
-    settings = Settings(noise_multiplier=noise_multiplier, epochs=3, batch_size=50, lr=0.5 if optimizer == "sgd" else 0.05)
+    settings = Settings(
+        noise_multiplier=noise_multiplier, epochs=3, batch_size=50, lr=0.5 if optimizer == "sgd" else 0.05
+    )
     ours, theirs = on_gpu(), models.mlp()
-    on, off = (list(train(m, MOONS, settings, method=method, optimizer=optimizer, test_data=TEST)) for m in (ours, theirs))
+    on, off = (
+        list(train(m, MOONS, settings, method=method, optimizer=optimizer, test_data=TEST)) for m in (ours, theirs)
+    )
     assert all(p.is_cuda for p in ours.parameters())
     assert [s.loss for s in on] == pytest.approx([s.loss for s in off], rel=1e-3)
     assert [s.epsilon for s in on] == [s.epsilon for s in off]
@@ -70,7 +76,9 @@ def test_an_empty_batch_gets_noise(method):
     assert empty > 0
 
 
-@pytest.mark.parametrize("make, data", [(models.mlp, MOONS.take(30)), (models.cnn, Data(torch.rand(30, 1, 28, 28), torch.arange(30) % 10))])
+@pytest.mark.parametrize(
+    "make, data", [(models.mlp, MOONS.take(30)), (models.cnn, Data(torch.rand(30, 1, 28, 28), torch.arange(30) % 10))]
+)
 def test_the_moves_stay_on_the_gpu(make, data):
     model, X, y = make().cuda(), data.X.cuda(), data.y.cuda()
     slow = clip(per_sample_gradients(model, torch.nn.functional.cross_entropy, X, y), 0.1).sum(0)
@@ -99,7 +107,9 @@ def test_an_attack_scores_as_on_the_cpu():
 def test_an_explorer_shows_a_model_or_data_on_the_gpu(kind, place):
     data = Data(MOONS.X.cuda(), MOONS.y.cuda()) if place != "model" else MOONS
     make = on_gpu if place != "data" else models.mlp
-    explorer = Explorer(data, make, SETTINGS) if kind is Explorer else FederatedExplorer(data, make, SETTINGS, test_data=TEST)
+    explorer = (
+        Explorer(data, make, SETTINGS) if kind is Explorer else FederatedExplorer(data, make, SETTINGS, test_data=TEST)
+    )
     explorer.wait(120)
     assert explorer.status.startswith("Finished"), explorer.status
 
@@ -133,6 +143,8 @@ def test_divergence_is_seen_on_the_gpu():
 def test_a_run_without_a_seed_trains_on_the_gpu_and_never_repeats(method):
     models_ = [on_gpu(), on_gpu()]
     for model in models_:
-        steps = list(train(model, MOONS, Settings(noise_multiplier=1.2, epochs=1, batch_size=50, seed=None), method=method))
+        steps = list(
+            train(model, MOONS, Settings(noise_multiplier=1.2, epochs=1, batch_size=50, seed=None), method=method)
+        )
         assert len(steps) == 8 and all(p.is_cuda and bool(p.isfinite().all()) for p in model.parameters())
     assert not torch.allclose(flat(models_[0]), flat(models_[1]))

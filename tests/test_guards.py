@@ -133,7 +133,9 @@ class Keeps(nn.Module):
             elif self.how == "first pass" and self.first is None:
                 self.first = x.detach().mean(0)
             elif self.how == "float":
-                self.total = self.total + float(x.detach().sum()) if not torch._C._functorch.is_batchedtensor(x) else 0.0
+                self.total = (
+                    self.total + float(x.detach().sum()) if not torch._C._functorch.is_batchedtensor(x) else 0.0
+                )
             elif self.how == "array":
                 self.first = x.detach().numpy().copy()
             elif self.how == "object":
@@ -143,10 +145,22 @@ class Keeps(nn.Module):
         return x * self.weight
 
 
-@pytest.mark.parametrize("how, name", [
-    ("buffer", "mean"), ("new buffer", "mean"), ("parameter", "weight"), ("attribute", "seen"), ("list", "log"), ("dict", "book"),
-    ("first pass", "first"), ("float", "total"), ("array", "first"), ("object", "place"), ("new parameter", "first"),
-])
+@pytest.mark.parametrize(
+    "how, name",
+    [
+        ("buffer", "mean"),
+        ("new buffer", "mean"),
+        ("parameter", "weight"),
+        ("attribute", "seen"),
+        ("list", "log"),
+        ("dict", "book"),
+        ("first pass", "first"),
+        ("float", "total"),
+        ("array", "first"),
+        ("object", "place"),
+        ("new parameter", "first"),
+    ],
+)
 @private_methods
 def test_a_model_that_keeps_something_of_its_records_is_refused_and_left_as_it_was(method, how, name):
     model = nn.Sequential(Keeps(how), nn.Linear(2, 2))
@@ -156,9 +170,11 @@ def test_a_model_that_keeps_something_of_its_records_is_refused_and_left_as_it_w
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("layer", [
-    nn.InstanceNorm1d(1, track_running_stats=True), nn.BatchNorm1d(1), nn.SyncBatchNorm(1), nn.LazyBatchNorm1d(),
-], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [nn.InstanceNorm1d(1, track_running_stats=True), nn.BatchNorm1d(1), nn.SyncBatchNorm(1), nn.LazyBatchNorm1d()],
+    ids=lambda layer: type(layer).__name__,
+)
 @private_methods
 def test_layers_with_running_statistics_are_refused_by_name(method, layer):
     model = nn.Sequential(nn.Unflatten(1, (1, 2)), layer, nn.Flatten(), nn.Linear(2, 2))
@@ -286,11 +302,20 @@ def hooked_center():
 
 
 MIXING = {
-    "by the maximum": ByMaximum, "mixup": Mixup, "in large batches only": InLargeBatches, "nothing yet": ReZero,
-    "before a head of zeros": zero_head, "a hook": hooked_center,
-    "centering": Center, "by the batch's size": BySize, "a neighbour": Neighbour, "in training only": CenterInTraining,
-    "beside a dropout": lambda: nn.Sequential(nn.Dropout(), Center()), "with noise": CenterWithNoise,
-    "softmax over the batch": lambda: nn.Softmax(dim=0), "flattened batch": lambda: nn.Flatten(0),
+    "by the maximum": ByMaximum,
+    "mixup": Mixup,
+    "in large batches only": InLargeBatches,
+    "nothing yet": ReZero,
+    "before a head of zeros": zero_head,
+    "a hook": hooked_center,
+    "centering": Center,
+    "by the batch's size": BySize,
+    "a neighbour": Neighbour,
+    "in training only": CenterInTraining,
+    "beside a dropout": lambda: nn.Sequential(nn.Dropout(), Center()),
+    "with noise": CenterWithNoise,
+    "softmax over the batch": lambda: nn.Softmax(dim=0),
+    "flattened batch": lambda: nn.Flatten(0),
 }
 
 
@@ -326,8 +351,8 @@ def test_the_probe_runs_once_a_model_and_again_when_the_model_has_changed(monkey
     monkeypatch.setattr(guards, "_mixed", lambda *args: probed.append(args[0]) or probe(*args))
     for _ in range(3):
         per_sample_gradients(model, F.cross_entropy, MOONS.X[:5], MOONS.y[:5])
-    # The copies that the probe runs count for themselves. The model itself runs once to make what it keeps whatever the records
-    # are, then once a gradient, under vmap.
+    # The copies that the probe runs count for themselves. The model itself runs once to make what it keeps whatever the
+    # records are, then once a gradient, under vmap.
     assert model[0].calls == 4 and probed == [model]
     model.append(Center())
     with pytest.raises(ValueError, match="depends on the others"):
@@ -342,12 +367,15 @@ def test_the_probe_leaves_the_readers_random_numbers_where_they_were():
     assert torch.equal(torch.get_rng_state(), before) and model.training
 
 
-@pytest.mark.parametrize("make", [
-    lambda: nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.GroupNorm(2, 8), nn.Linear(8, 2)),
-    lambda: nn.Sequential(nn.Linear(2, 8), nn.RReLU(), nn.LayerNorm(8), nn.Linear(8, 2)),
-    lambda: nn.Sequential(nn.Unflatten(1, (1, 2)), nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(2, 2)),
-    lambda: nn.Sequential(nn.Unflatten(1, (2, 1)), nn.Conv1d(2, 4, 1), nn.Flatten(), nn.Linear(4, 2)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.GroupNorm(2, 8), nn.Linear(8, 2)),
+        lambda: nn.Sequential(nn.Linear(2, 8), nn.RReLU(), nn.LayerNorm(8), nn.Linear(8, 2)),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 2)), nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(2, 2)),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 1)), nn.Conv1d(2, 4, 1), nn.Flatten(), nn.Linear(4, 2)),
+    ],
+)
 @private_methods
 def test_layers_that_treat_samples_alone_are_not_refused(make, method):
     assert len(run(make(), method)) == 6
@@ -378,8 +406,11 @@ def with_hook(kind, where="layer"):
 
 TRICKY = {
     "an in-place layer": lambda: nn.Sequential(nn.Linear(5, 6), InPlace(), nn.Linear(6, 3)),
-    **{f"{kind} on a {where}": with_hook(kind, where)
-       for kind in ("pre", "forward", "another forward") for where in ("layer", "container", "model")},
+    **{
+        f"{kind} on a {where}": with_hook(kind, where)
+        for kind in ("pre", "forward", "another forward")
+        for where in ("layer", "container", "model")
+    },
 }
 
 
@@ -387,7 +418,10 @@ TRICKY = {
 def test_the_sum_is_right_whatever_stands_between_the_layers(name):
     torch.manual_seed(0)
     model, X, y = TRICKY[name](), torch.randn(6, 5), torch.arange(6) % 3
-    alone = [torch.autograd.grad(F.cross_entropy(model(x[None].clone()), t[None]), list(model.parameters())) for x, t in zip(X, y)]
+    alone = [
+        torch.autograd.grad(F.cross_entropy(model(x[None].clone()), t[None]), list(model.parameters()))
+        for x, t in zip(X, y)
+    ]
     rows = torch.stack([torch.cat([g.flatten() for g in grads]) for grads in alone])
     C = float(rows.norm(dim=1).median())
     wanted = (rows * (C / rows.norm(dim=1, keepdim=True)).clamp(max=1)).sum(0)
@@ -397,7 +431,9 @@ def test_the_sum_is_right_whatever_stands_between_the_layers(name):
 def test_a_hook_on_every_module_is_seen():
     model, X, y = linear(), MOONS.X[:6], MOONS.y[:6]
     plain = clipped_sum(model, F.cross_entropy, X, y, math.inf)
-    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: out * 2 if isinstance(m, nn.Linear) else None)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: out * 2 if isinstance(m, nn.Linear) else None
+    )
     try:
         hooked = clipped_sum(model, F.cross_entropy, X, y, math.inf)
         rows = per_sample_gradients(model, F.cross_entropy, X, y).sum(0)
@@ -414,7 +450,9 @@ def test_a_loss_over_many_places_is_the_mean_of_each_sample():
         summed, losses = clipped_sum_and_losses(model, loss, X, y, math.inf)
         batch = torch.autograd.grad(F.cross_entropy(model(X), y), list(model.parameters()))
         assert torch.allclose(summed / 5, torch.cat([g.flatten() for g in batch]), atol=1e-6)
-        assert losses.shape == (5,) and float(losses.mean()) == pytest.approx(F.cross_entropy(model(X), y).item(), abs=1e-6)
+        assert losses.shape == (5,) and float(losses.mean()) == pytest.approx(
+            F.cross_entropy(model(X), y).item(), abs=1e-6
+        )
 
 
 def test_an_image_without_a_channel_axis_is_not_read_as_a_batch_of_channels():
@@ -441,7 +479,9 @@ def test_a_layer_that_vmap_cannot_run_is_run_one_sample_at_a_time(layer):
             return self.out(self.rnn(x.unsqueeze(2))[0][:, -1])
 
     torch.manual_seed(0)
-    model = Last() if layer is not nn.RReLU else nn.Sequential(nn.Linear(2, 4), nn.RReLU(0.1, 0.1 + 1e-9), nn.Linear(4, 2))
+    model = (
+        Last() if layer is not nn.RReLU else nn.Sequential(nn.Linear(2, 4), nn.RReLU(0.1, 0.1 + 1e-9), nn.Linear(4, 2))
+    )
     X, y = MOONS.X[:5], MOONS.y[:5]
     rows = per_sample_gradients(model, F.cross_entropy, X, y)
     batch = torch.autograd.grad(F.cross_entropy(model(X), y), list(model.parameters()))
@@ -475,13 +515,16 @@ def test_autocast_does_not_sum_in_half_precision(make):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = clipped_sum(model, F.cross_entropy, X, y, C)
         for k in range(5):
-            moved = whole - clipped_sum(model, F.cross_entropy, torch.cat([X[:k], X[k + 1:]]), torch.cat([y[:k], y[k + 1:]]), C)
+            moved = whole - clipped_sum(
+                model, F.cross_entropy, torch.cat([X[:k], X[k + 1 :]]), torch.cat([y[:k], y[k + 1 :]]), C
+            )
             assert float(moved.norm()) <= 1.001 * C
 
 
 @private_methods
 def test_the_probe_leaves_the_readers_data_alone(method):
     """A layer that works in place on the model's input, and gets a copy of the record."""
+
     class Scale(nn.Module):
         def forward(self, x):
             return x.mul_(0.5)
@@ -552,11 +595,14 @@ class SequenceFirst(nn.Module):
         return self.inner(x.transpose(0, 1)).mean(0)
 
 
-@pytest.mark.parametrize("model, X", [
-    (nn.Sequential(Fold(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), Fold(back=True)), torch.randn(6, 25, 4)),
-    (SequenceFirst(), torch.randn(6, 3, 4)),
-    (SequenceFirst(), torch.randn(6, 5, 4)),
-])
+@pytest.mark.parametrize(
+    "model, X",
+    [
+        (nn.Sequential(Fold(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), Fold(back=True)), torch.randn(6, 25, 4)),
+        (SequenceFirst(), torch.randn(6, 3, 4)),
+        (SequenceFirst(), torch.randn(6, 5, 4)),
+    ],
+)
 def test_opacus_does_not_take_the_parts_of_a_record_for_records(model, X):
     data = Data(X, torch.arange(6) % 2)
     settings = replace(SETTINGS, batch_size=3)
@@ -565,11 +611,15 @@ def test_opacus_does_not_take_the_parts_of_a_record_for_records(model, X):
     assert len(run(model, "dpsgd", settings=settings, data=data)) == 4
 
 
-@pytest.mark.parametrize("change", [
-    lambda model: model.insert(1, Center()),
-    lambda model: model[0].register_forward_hook(lambda m, args, out: out - out.mean(0)),
-    lambda model: model.__setitem__(1, nn.Softmax(0)),
-], ids=["a layer", "a hook", "another layer"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.insert(1, Center()),
+        lambda model: model[0].register_forward_hook(lambda m, args, out: out - out.mean(0)),
+        lambda model: model.__setitem__(1, nn.Softmax(0)),
+    ],
+    ids=["a layer", "a hook", "another layer"],
+)
 def test_a_model_that_changes_while_opacus_trains_it_stops_the_run(change):
     model = linear()
     steps = train(model, MOONS, SETTINGS, method="opacus")
@@ -598,6 +648,7 @@ def test_an_interrupted_opacus_run_leaves_no_record_on_the_layers():
 
 def test_an_empty_batch_does_not_end_an_opacus_run_of_a_model_that_cannot_run_on_nothing():
     """An end would tell that the batch was empty, and ε pays for a step that always takes place."""
+
     class Positions(nn.Module):
         def __init__(self):
             super().__init__()
@@ -638,7 +689,9 @@ def test_a_step_that_fails_leaves_the_buffers_as_they_were():
     assert model[0].kept.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("how", ["attribute", "list", "dict", "first pass", "float", "array", "object", "new parameter", "buffer"])
+@pytest.mark.parametrize(
+    "how", ["attribute", "list", "dict", "first pass", "float", "array", "object", "new parameter", "buffer"]
+)
 def test_a_refused_model_holds_nothing_of_the_records(how):
     model = nn.Sequential(Keeps(how), nn.Linear(2, 2))
     before = dict(guards._leaves(model))
@@ -667,6 +720,7 @@ class Scaling(nn.Module):
 
 def test_a_parameter_that_its_own_forward_pass_rescales_later_stops_the_run():
     """As F.embedding with max_norm does, once a row has grown: no probe at the start sees it."""
+
     class Rescaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -768,7 +822,9 @@ class Strict(nn.Module):
         self.no_decay |= set(self.out.parameters())
 
     def forward(self, x):
-        if not bool(torch._C._functorch.is_functorch_wrapped_tensor(x)) and not (0 <= float(x.min()) and float(x.max()) <= 1):
+        if not bool(torch._C._functorch.is_functorch_wrapped_tensor(x)) and not (
+            float(x.min()) >= 0 and float(x.max()) <= 1
+        ):
             raise ValueError("pixels must lie between 0 and 1")
         self.seconds = time.perf_counter()
         return self.out(x)
@@ -782,14 +838,19 @@ def frozen_batch_norm():
 
 def wide_and_deep():
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(60) for layer in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())), nn.Linear(4, 2))
+    return nn.Sequential(
+        *(layer for _ in range(60) for layer in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())), nn.Linear(4, 2)
+    )
 
 
 GENERATOR = torch.Generator().manual_seed(0)
 PIXELS = torch.rand(40, 4, generator=GENERATOR)
 HONEST = {
     "words as floats": (Text, torch.randint(0, 10, (40, 5), generator=GENERATOR).float()),
-    "a column a table": (Columns, torch.stack([torch.randint(0, size, (40,), generator=GENERATOR) for size in (2, 9, 30)], 1)),
+    "a column a table": (
+        Columns,
+        torch.stack([torch.randint(0, size, (40,), generator=GENERATOR) for size in (2, 9, 30)], 1),
+    ),
     "functional dropout": (FunctionalDropout, PIXELS),
     "strict about its input": (Strict, PIXELS),
     "frozen batch norm": (frozen_batch_norm, PIXELS),
@@ -816,7 +877,9 @@ def test_an_honest_model_trains(method, name):
 def test_a_bfloat16_transformer_is_not_taken_to_mix():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Unflatten(1, (4, 16)), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(64, 2)).bfloat16()
+    model = nn.Sequential(
+        nn.Unflatten(1, (4, 16)), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(64, 2)
+    ).bfloat16()
     guards.check_alone(model, torch.randn(20, 64).bfloat16())
 
 
@@ -826,6 +889,7 @@ def test_a_bfloat16_transformer_is_not_taken_to_mix():
 @private_methods
 def test_a_layer_in_a_plain_list_is_refused(method):
     """A forgotten ModuleList: its weights are not in model.parameters(), and would be left with a gradient without noise."""
+
     class Forgot(nn.Module):
         def __init__(self):
             super().__init__()
@@ -852,9 +916,12 @@ class Slots:
 
 
 HIDING = {
-    "deque": lambda m, x: m.deque.append(x.tolist()), "slots": lambda m, x: setattr(m.slots, "kept", x.tolist()),
-    "callable": lambda m, x: setattr(m.callable, "kept", x.tolist()), "bytes": lambda m, x: m.bytes.extend(x.numpy().tobytes()),
-    "file": lambda m, x: m.file.write(x.numpy().tobytes()), "parameter": lambda m, x: setattr(m.weight, "kept", x.tolist()),
+    "deque": lambda m, x: m.deque.append(x.tolist()),
+    "slots": lambda m, x: setattr(m.slots, "kept", x.tolist()),
+    "callable": lambda m, x: setattr(m.callable, "kept", x.tolist()),
+    "bytes": lambda m, x: m.bytes.extend(x.numpy().tobytes()),
+    "file": lambda m, x: m.file.write(x.numpy().tobytes()),
+    "parameter": lambda m, x: setattr(m.weight, "kept", x.tolist()),
 }
 
 
@@ -869,7 +936,12 @@ def test_no_place_on_a_model_hides_a_record(method, place):
     class Hides(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.deque, self.slots, self.callable = nn.Parameter(torch.ones(2)), deque(), Slots(), Callable_()
+            self.weight, self.deque, self.slots, self.callable = (
+                nn.Parameter(torch.ones(2)),
+                deque(),
+                Slots(),
+                Callable_(),
+            )
             self.bytes, self.file = bytearray(), io.BytesIO()
 
         def forward(self, x):
@@ -912,10 +984,15 @@ def test_a_model_that_cuts_to_the_longest_record_of_a_batch_is_refused_in_any_or
             train(Cuts(), Data(X, torch.arange(40) % 2), replace(SETTINGS, batch_size=10), method="opacus")
 
 
-@pytest.mark.parametrize("change", [
-    lambda model: setattr(model[1], "dim", 0), lambda model: setattr(model[1], "forward", lambda x: x - x.mean(0)),
-    lambda model: setattr(model[1], "__class__", Center),
-], ids=["an option", "a forward", "a class"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model[1], "dim", 0),
+        lambda model: setattr(model[1], "forward", lambda x: x - x.mean(0)),
+        lambda model: setattr(model[1], "__class__", Center),
+    ],
+    ids=["an option", "a forward", "a class"],
+)
 def test_an_option_that_changes_while_opacus_trains_stops_the_run(change):
     model = nn.Sequential(nn.Linear(2, 4), nn.Softmax(1), nn.Linear(4, 2))
     steps = train(model, MOONS, SETTINGS, method="opacus")

@@ -84,8 +84,10 @@ class Cell:
         return [state["base"] ** state[end] if is_log else state[end] for end in ("min", "max")]
 
     def until_status(self, beginning, since=0.0):
-        self.kernel.until(lambda: any(at > since and text.startswith(beginning) for at, text in self.said),
-                          f"a status {beginning!r}, last was {self.status!r}")
+        self.kernel.until(
+            lambda: any(at > since and text.startswith(beginning) for at, text in self.said),
+            f"a status {beginning!r}, last was {self.status!r}",
+        )
 
     def stop(self):
         self.click("Stop")
@@ -146,8 +148,9 @@ class Kernel:
             self.owners[content["comm_id"]] = cell
             cell.hear(content["comm_id"], content["data"]["state"], message["header"]["date"].timestamp())
         elif kind == "comm_msg" and content["data"].get("method") == "update" and content["comm_id"] in self.owners:
-            self.owners[content["comm_id"]].hear(content["comm_id"], content["data"]["state"],
-                                                 message["header"]["date"].timestamp())
+            self.owners[content["comm_id"]].hear(
+                content["comm_id"], content["data"]["state"], message["header"]["date"].timestamp()
+            )
         elif cell and kind == "stream":
             cell.text += content["text"]
         elif cell and kind == "error":
@@ -300,9 +303,12 @@ def test_sixty_changes_of_a_menu_leave_one_explorer(kernel):
     cell.until_status("Training")
 
     def alive():  # explorers and widgets
-        return [int(v) for v in kernel.ask("""import gc, ipywidgets; gc.collect(); alive = gc.get_objects()
+        return [
+            int(v)
+            for v in kernel.ask("""import gc, ipywidgets; gc.collect(); alive = gc.get_objects()
 print(sum(type(thing) is Explorer for thing in alive), sum(issubclass(type(thing), ipywidgets.Widget) for thing in alive))
-del alive""").split()]
+del alive""").split()
+        ]
 
     def choose(scene):
         cell.move("data and model", scene, trait="index")
@@ -331,7 +337,9 @@ def test_of_a_cell_that_is_run_ten_times_only_the_last_explorer_trains(kernel):
     goes_on(cells[-1])
     assert [len(cell.frames) for cell in cells[:-1]] == heard[:-1]
     assert kernel.ask(TRAINING) == "1"
-    assert all("another explorer started" in cell.status for cell in cells[:-1] if cell.status), [c.status for c in cells]
+    assert all("another explorer started" in cell.status for cell in cells[:-1] if cell.status), [
+        c.status for c in cells
+    ]
     cells[0].click("Start")  # the first one is still on the page, and takes over
     goes_on(cells[0], time.time())
     assert "another explorer started" in cells[-1].status
@@ -340,8 +348,13 @@ def test_of_a_cell_that_is_run_ten_times_only_the_last_explorer_trains(kernel):
 
 
 def test_run_all_while_an_explorer_is_still_training(kernel):
-    notebook = [LONG, "print('between')", LONG.replace("explorer", "second").replace("epochs=4000", "epochs=20"),
-                "second.wait(); print(second.summary())", LONG.replace("explorer", "third")]
+    notebook = [
+        LONG,
+        "print('between')",
+        LONG.replace("explorer", "second").replace("epochs=4000", "epochs=20"),
+        "second.wait(); print(second.summary())",
+        LONG.replace("explorer", "third"),
+    ]
     for _ in range(3):  # the third explorer still trains when everything is run again
         cells = [kernel.begin(code) for code in notebook]
         kernel.until(lambda cells=cells: all(cell.done for cell in cells), "all cells")
@@ -365,7 +378,9 @@ def test_frames_go_on_while_another_cell_is_busy(kernel, cell):
     print(f"\nframes in 4 s: {alone}; beside a busy cell: {beside}")
     assert beside >= alone / 5 and beside >= 2
     cell.stop()
-    kernel.until(lambda: kernel.ask("import sys; print(sys.getswitchinterval())") == "0.005", "Python's own switch interval")
+    kernel.until(
+        lambda: kernel.ask("import sys; print(sys.getswitchinterval())") == "0.005", "Python's own switch interval"
+    )
 
 
 def test_an_interrupt_ends_the_running_cell_and_not_the_training(kernel, cell):
@@ -391,7 +406,7 @@ def test_a_restarted_kernel_trains_again_when_the_cells_are_run():
         process = int(kernel.ask("print(psutil.Process().pid)"))
         kernel.restart()
         assert int(kernel.ask("import psutil; print(psutil.Process().pid)")) != process
-        assert "NameError" == kernel.run("explorer", fails=True).error
+        assert kernel.run("explorer", fails=True).error == "NameError"
         kernel.run(IMPORTS)
         cell = kernel.run(LONG)
         goes_on(cell, 0)
@@ -409,7 +424,8 @@ CORNERS = [
     {"noise multiplier": 0, "clipping norm": 1},
     {"noise multiplier": 1, "clipping norm": 1, "learning rate": 1},
     {"epochs": 0, "batch size": 1},
-    {name: 0 for name in NAMES}, {name: 1 for name in NAMES},
+    dict.fromkeys(NAMES, 0),
+    dict.fromkeys(NAMES, 1),
 ]
 
 
@@ -421,8 +437,10 @@ explorer
 SHARED = ("σ of alice", "σ of bob", "rounds", "alice's share", "label skew")
 FEDERATED_CORNERS = [
     *({name: end} for name in SHARED for end in (0, 1)),
-    {"alice's share": 0, "label skew": 1}, {"alice's share": 1, "label skew": 1},
-    {name: 0 for name in SHARED}, {name: 1 for name in SHARED},
+    {"alice's share": 0, "label skew": 1},
+    {"alice's share": 1, "label skew": 1},
+    dict.fromkeys(SHARED, 0),
+    dict.fromkeys(SHARED, 1),
 ]
 
 
@@ -430,7 +448,10 @@ def in_words(corner):
     return ", ".join(f"{name} {('min', 'max')[end]}" for name, end in corner.items())
 
 
-def assert_sound(cell, ending=r"Finished: training accuracy \d+%, without privacy \d+%( at learning rate [\d.]+)?\.|Diverged at step \d+: .* Try a lower"):
+def assert_sound(
+    cell,
+    ending=r"Finished: training accuracy \d+%, without privacy \d+%( at learning rate [\d.]+)?\.|Diverged at step \d+: .* Try a lower",
+):
     """The last picture draws finite numbers only, with sentences that say them; the status says how the run ended."""
     drawn = " ".join(re.findall(r'(?:points|d|cx|cy|x|y|x1|x2|y1|y2|width|height)="([^"]*)"', cell.pictures[-1]))
     assert drawn and not re.search("nan|inf", drawn, re.IGNORECASE)
@@ -447,8 +468,10 @@ def at_the_corner(kernel, code, corner):
     asked = time.time()
     for name, end in corner.items():
         cell.move(name, cell.ends(name)[end])
-    kernel.until(lambda: any(at > asked and text.startswith(("Finished", "Diverged")) for at, text in cell.said),
-                 f"the end of the run, last was {cell.status!r}")
+    kernel.until(
+        lambda: any(at > asked and text.startswith(("Finished", "Diverged")) for at, text in cell.said),
+        f"the end of the run, last was {cell.status!r}",
+    )
     kernel.run("explorer.wait()")
     kernel.hear(0.2)
     assert kernel.ask("print(explorer.error)") == "None"
@@ -506,8 +529,10 @@ print(psutil.Process().memory_info().rss / 2**20, threading.active_count(), len(
     runs(20)
     memory, threads, objects, own = runs(1)
     memory_after, threads_after, objects_after, own_after = runs(100)
-    print(f"\n100 runs: {memory:.0f} to {memory_after:.0f} MB, {threads:.0f} to {threads_after:.0f} threads, "
-          f"{objects:.0f} to {objects_after:.0f} objects, {own:.0f} to {own_after:.0f} of them our own")
+    print(
+        f"\n100 runs: {memory:.0f} to {memory_after:.0f} MB, {threads:.0f} to {threads_after:.0f} threads, "
+        f"{objects:.0f} to {objects_after:.0f} objects, {own:.0f} to {own_after:.0f} of them our own"
+    )
     assert memory_after - memory < 20
     assert threads_after <= threads
     assert own_after - own < 50

@@ -39,8 +39,15 @@ def ledger(path):
 
 def uses(ledger):
     """Whatever one can ask of a ledger."""
-    return (lambda: ledger.charge(**CHARGE), lambda: ledger.epsilon(), lambda: ledger.steps, lambda: ledger.charges,
-            lambda: ledger.count, lambda: ledger.id, lambda: repr(ledger))
+    return (
+        lambda: ledger.charge(**CHARGE),
+        lambda: ledger.epsilon(),
+        lambda: ledger.steps,
+        lambda: ledger.charges,
+        lambda: ledger.count,
+        lambda: ledger.id,
+        lambda: repr(ledger),
+    )
 
 
 def refused(ledger, match):
@@ -51,8 +58,10 @@ def refused(ledger, match):
 
 def in_processes(code, *args, times=2):
     program = "import sys; from dpteach.ledger import Ledger\n" + code
-    started = [subprocess.Popen([sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE, text=True)
-               for _ in range(times)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE, text=True)
+        for _ in range(times)
+    ]
     answers = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0] * times
     return answers
@@ -93,7 +102,8 @@ def test_without_a_charge_it_costs_nothing_and_without_noise_everything():
 # --- what it remembers ----------------------------------------------------------------------------------------------
 
 some_charges = st.lists(
-    st.builds(Charge, st.sampled_from([0.0, 0.7, 1.5]), st.sampled_from([0.1, 1.0]), st.integers(0, 3)), max_size=12)
+    st.builds(Charge, st.sampled_from([0.0, 0.7, 1.5]), st.sampled_from([0.1, 1.0]), st.integers(0, 3)), max_size=12
+)
 
 
 @settings(max_examples=30)
@@ -124,7 +134,7 @@ def test_threads_that_share_an_object_lose_nothing_and_are_not_alarmed(path, in_
             for _ in range(10):
                 numbers.append(ledger.charge(**SMALL))
                 assert ledger.steps > 0
-        except Exception as error:  # noqa: BLE001 - told below
+        except Exception as error:
             wrong.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -249,17 +259,20 @@ def test_a_link_or_something_else_in_its_place_is_an_error(tmp_path, ledger):
     assert Ledger(moved).steps == 235
 
 
-@pytest.mark.parametrize("harm, why", [
-    (lambda text: text[: len(text) // 2], "JSONDecodeError"),
-    (lambda text: "", "JSONDecodeError"),
-    (lambda text: text.replace("1.2", "9.2"), "its checksum does not fit its charges"),
-    (lambda text: text.replace('"version": 2', '"version": 3'), "its version is 3, this program reads 1 and 2"),
-    (lambda text: text.replace("dpteach-ledger", "other"), "its format is 'other'"),
-    (lambda text: "[]", "TypeError"),
-    (lambda text: "{}", "KeyError"),
-    (lambda text: "[" * 100_000, "RecursionError|JSONDecodeError"),
-    (lambda text: "null", "TypeError"),
-])
+@pytest.mark.parametrize(
+    "harm, why",
+    [
+        (lambda text: text[: len(text) // 2], "JSONDecodeError"),
+        (lambda text: "", "JSONDecodeError"),
+        (lambda text: text.replace("1.2", "9.2"), "its checksum does not fit its charges"),
+        (lambda text: text.replace('"version": 2', '"version": 3'), "its version is 3, this program reads 1 and 2"),
+        (lambda text: text.replace("dpteach-ledger", "other"), "its format is 'other'"),
+        (lambda text: "[]", "TypeError"),
+        (lambda text: "{}", "KeyError"),
+        (lambda text: "[" * 100_000, "RecursionError|JSONDecodeError"),
+        (lambda text: "null", "TypeError"),
+    ],
+)
 def test_a_damaged_ledger_is_an_error_and_never_a_new_start(ledger, harm, why):
     harmed = harm(ledger.path.read_text())
     ledger.path.write_text(harmed)
@@ -286,12 +299,26 @@ def test_no_flipped_bit_and_no_truncation_is_taken(path, ledger):
             Ledger(path)
 
 
-@pytest.mark.parametrize("row", [
-    [1e-320, 0.1, 1, 1], [1e308, 0.1, 1, 1], [-1.0, 0.1, 1, 1], [1.0, 0.0, 1, 1], [1.0, 1.5, 1, 1], [1.0, 0.1, -1, 1],
-    [1.0, 0.1, 10**400, 1], [1.0, 0.1, 1, 0], [1.0, 0.1, 1, 10**16], [1.0, 0.1, 1.5, 1], [1.0, 0.1, 1],
-    ["1", 0.1, 1, 1],
-    [float("nan"), 0.1, 1, 1], [1.0, 0.1, 1, True], [[1.0, 0.1, 1, 1]],
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1e-320, 0.1, 1, 1],
+        [1e308, 0.1, 1, 1],
+        [-1.0, 0.1, 1, 1],
+        [1.0, 0.0, 1, 1],
+        [1.0, 1.5, 1, 1],
+        [1.0, 0.1, -1, 1],
+        [1.0, 0.1, 10**400, 1],
+        [1.0, 0.1, 1, 0],
+        [1.0, 0.1, 1, 10**16],
+        [1.0, 0.1, 1.5, 1],
+        [1.0, 0.1, 1],
+        ["1", 0.1, 1, 1],
+        [float("nan"), 0.1, 1, 1],
+        [1.0, 0.1, 1, True],
+        [[1.0, 0.1, 1, 1]],
+    ],
+)
 def test_a_file_with_charges_that_have_no_price_is_damaged(path, row):
     rows = [[1.0, 0.1, 1, 1], row]
     path.write_bytes(_sealed(_HEAD + b",\n".join(map(_line, rows)), "0" * 32))
@@ -376,7 +403,7 @@ def test_where_one_may_not_write_a_charge_is_an_error_and_changes_nothing(tmp_pa
     folder = tmp_path / "folder"
     folder.mkdir()
     file = folder / "alice.json"
-    code = (f"""
+    code = f"""
 import os, time
 from pathlib import Path
 folder, file = Path(sys.argv[1]), Path(sys.argv[1], "alice.json")
@@ -397,7 +424,7 @@ if {what!r} == "folder":
     try: Ledger(folder / "bob.json", new=True)
     except PermissionError: pass
 assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() == before
-""")
+"""
     assert in_processes(code, folder, times=1) == ["refused\nrefused\n"]
     assert file.exists() and not list(folder.glob("*.part")) and not (folder / "bob.json").exists()
 
@@ -405,12 +432,25 @@ assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() 
 # --- what has no price is not written -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value", [
-    ("noise_multiplier", -1.0), ("noise_multiplier", 1e-320), ("noise_multiplier", 1e-101), ("noise_multiplier", 1e308),
-    ("noise_multiplier", 10**400), ("noise_multiplier", float("inf")), ("sample_rate", 1.5), ("sample_rate", 0),
-    ("steps", -1), ("steps", 1.5), ("steps", 10**400), ("steps", 10**15 + 1), ("steps", float("inf")),
-    ("steps", float("nan")),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("noise_multiplier", -1.0),
+        ("noise_multiplier", 1e-320),
+        ("noise_multiplier", 1e-101),
+        ("noise_multiplier", 1e308),
+        ("noise_multiplier", 10**400),
+        ("noise_multiplier", float("inf")),
+        ("sample_rate", 1.5),
+        ("sample_rate", 0),
+        ("steps", -1),
+        ("steps", 1.5),
+        ("steps", 10**400),
+        ("steps", 10**15 + 1),
+        ("steps", float("inf")),
+        ("steps", float("nan")),
+    ],
+)
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_charge_without_a_price_is_refused_and_not_written(refuses, path, name, value, in_memory):
     ledger = Ledger() if in_memory else Ledger(path, new=True)
@@ -427,17 +467,14 @@ def test_what_is_accepted_has_a_price_also_in_sum(refuses):
         ledger.charge(noise_multiplier=1.0, sample_rate=0.5, steps=10**14 + 1)
     ledger.charge(noise_multiplier=1.0, sample_rate=0.5, steps=10**14)
     for accountant in accounting.ACCOUNTANTS:
-        assert 1 < ledger.epsilon(accountant=accountant)
+        assert ledger.epsilon(accountant=accountant) > 1
 
 
 # --- large ledgers --------------------------------------------------------------------------------------------------
 
 
 def of_many(path, kind, n=100_000):
-    rows = {
-        "equal": [[1.2, 1 / 235, 235, n]],
-        "in turn": [[1.2 + k % 2, 1 / 235, 235, 1] for k in range(n)],
-    }[kind]
+    rows = {"equal": [[1.2, 1 / 235, 235, n]], "in turn": [[1.2 + k % 2, 1 / 235, 235, 1] for k in range(n)]}[kind]
     path.write_bytes(_sealed(_HEAD + b",\n".join(map(_line, rows)), "0" * 32))
 
 

@@ -93,7 +93,11 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_harms_no_other(bad):
 
 @pytest.mark.parametrize("size", [3e19, 1e30, 3e38])
 def test_a_gradient_that_is_huge_but_finite_is_clipped_and_not_dropped(size):
-    for grads in (torch.full((1, 6), size), torch.full((1, 6), size, dtype=torch.float64), torch.full((1, 6), 1e307, dtype=torch.float64)):
+    for grads in (
+        torch.full((1, 6), size),
+        torch.full((1, 6), size, dtype=torch.float64),
+        torch.full((1, 6), 1e307, dtype=torch.float64),
+    ):
         for C in (1.0, 1e-6):
             assert float(clip(grads, C).double().norm()) == pytest.approx(C, rel=1e-5)
 
@@ -119,7 +123,7 @@ def test_clip_takes_one_flattened_gradient_a_row_only(shape):
 
 
 def test_a_crafted_record_does_not_pass_the_quick_sum_with_more_than_c():
-    """x = 1e19 and weights of zero: norms that overflow float32, and factors that it can hardly hold."""
+    """X = 1e19 and weights of zero: norms that overflow float32, and factors that it can hardly hold."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     for p in model.parameters():
         nn.init.zeros_(p)
@@ -145,7 +149,9 @@ def test_a_model_of_half_precision_is_clipped_in_float32(name, dtype):
         summed = clipped_sum(model, F.cross_entropy, X, y, C)
         assert summed.dtype == torch.float32
         for k in range(3):
-            moved = summed - clipped_sum(model, F.cross_entropy, torch.cat([X[:k], X[k + 1:]]), torch.cat([y[:k], y[k + 1:]]), C)
+            moved = summed - clipped_sum(
+                model, F.cross_entropy, torch.cat([X[:k], X[k + 1 :]]), torch.cat([y[:k], y[k + 1 :]]), C
+            )
             assert float(moved.norm()) <= C * (1 + SLACK)
 
 
@@ -202,9 +208,15 @@ MODELS = {
     "no bias": (on_images(lambda: nn.Conv2d(2, 3, 3, bias=False), 48, bias=False), (2, 6, 6), True),
     "nested": (lambda: nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.ReLU()), nn.Linear(4, 3)), (5,), True),
     "stride, padding, dilation": (
-        on_images(lambda: nn.Conv2d(2, 3, (3, 2), (2, 1), (2, 1), (1, 2)), 72), (2, 6, 6), True),
+        on_images(lambda: nn.Conv2d(2, 3, (3, 2), (2, 1), (2, 1), (1, 2)), 72),
+        (2, 6, 6),
+        True,
+    ),
     "frozen batch norm": (
-        lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval(), (5,), False),
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval(),
+        (5,),
+        False,
+    ),
     "custom module": (Residual, (5,), False),
     "custom module in a sequence": (lambda: nn.Sequential(nn.Linear(5, 5), nn.Tanh(), Residual()), (5,), False),
     "shared layer": (shared_layer, (5,), False),
@@ -213,11 +225,17 @@ MODELS = {
     "frozen parameter": (frozen_parameter, (5,), False),
     "pruned": (pruned, (5,), False),
     "group norm": (
-        on_images(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()), 64), (2, 6, 6), False),
+        on_images(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()), 64),
+        (2, 6, 6),
+        False,
+    ),
     "grouped convolution": (on_images(lambda: nn.Conv2d(2, 4, 3, groups=2), 64), (2, 6, 6), False),
     "padding by name": (on_images(lambda: nn.Conv2d(2, 2, 3, padding="same"), 72), (2, 6, 6), False),
     "circular padding": (
-        on_images(lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), 72), (2, 6, 6), False),
+        on_images(lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), 72),
+        (2, 6, 6),
+        False,
+    ),
     "linear at many places": (on_images(lambda: nn.Linear(5, 5), 25), (5, 5), False),
 }
 
@@ -311,7 +329,8 @@ def test_a_loss_that_couples_the_batch_is_still_taken_one_sample_at_a_time(name,
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, *LOSSES.values()], ids=["mean", *LOSSES])
 @pytest.mark.parametrize(
-    "name", ["mlp", "stride, padding, dilation", "custom module", "group norm", "linear at many places"])
+    "name", ["mlp", "stride, padding, dilation", "custom module", "group norm", "linear at many places"]
+)
 def test_no_record_however_hostile_moves_the_clipped_sum_of_a_model_by_more_than_c(name, loss):
     model, X, y, _ = setup(name)
     C = 0.1
@@ -327,7 +346,8 @@ def test_no_record_however_hostile_moves_the_clipped_sum_of_a_model_by_more_than
 
 
 @pytest.mark.parametrize(
-    "way", [per_sample_gradients, lambda *args: clipped_sum(*args, 1.0)], ids=["per_sample_gradients", "clipped_sum"])
+    "way", [per_sample_gradients, lambda *args: clipped_sum(*args, 1.0)], ids=["per_sample_gradients", "clipped_sum"]
+)
 @pytest.mark.parametrize("batch", [4, 0])
 def test_batch_norm_in_training_is_refused(way, batch):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
@@ -478,7 +498,9 @@ def test_sampling_is_exact_to_q_on_a_grid_of_53_bits():
     assert batch.tolist() == [0, 1]
     (batch,) = poisson_batches(2, cell * cell / 2, 1, Replayed([0.0, cell], [0.0], [0.4]))  # q below the grid, twice
     assert batch.tolist() == [0]
-    (batch,) = poisson_batches(3, 1 / 3, 1, Replayed([1 / 3 - cell, 1 / 3, 1 / 3 + cell]))  # q on the grid: no other draw
+    (batch,) = poisson_batches(
+        3, 1 / 3, 1, Replayed([1 / 3 - cell, 1 / 3, 1 / 3 + cell])
+    )  # q on the grid: no other draw
     assert batch.tolist() == [0]
 
 
@@ -529,11 +551,14 @@ def test_noise_for_an_unbounded_gradient_is_refused():
         add_noise(torch.zeros(3), 1.0, math.inf)
 
 
-@pytest.mark.parametrize("name, value", [
-    *(("n", v) for v in (0, -1, 1.5, math.inf, *NOT_NUMBERS)),
-    *(("sample_rate", v) for v in (0, -0.1, 1.1, *NOT_NUMBERS)),
-    *(("steps", v) for v in (-1, 0.5, math.inf, *NOT_NUMBERS)),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("n", v) for v in (0, -1, 1.5, math.inf, *NOT_NUMBERS)),
+        *(("sample_rate", v) for v in (0, -0.1, 1.1, *NOT_NUMBERS)),
+        *(("steps", v) for v in (-1, 0.5, math.inf, *NOT_NUMBERS)),
+    ],
+)
 def test_poisson_batches_refuses_bad_arguments_when_called(refuses, name, value):
     with refuses(name, value):
         poisson_batches(**{"n": 10, "sample_rate": 0.5, "steps": 3, name: value})

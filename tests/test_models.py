@@ -60,14 +60,17 @@ def test_the_cnn_has_the_26010_parameters_of_opacus_example():
     assert sum(p.numel() for p in models.cnn().parameters()) == 26_010
 
 
-@pytest.mark.parametrize("call, name, value", [
-    (lambda: models.mlp(inputs=0), "inputs", 0),
-    (lambda: models.mlp(hidden=2.5), "hidden", 2.5),
-    (lambda: models.mlp(outputs=True), "outputs", True),
-    (lambda: models.mlp(activation="gelu"), "activation", "gelu"),
-    (lambda: models.cnn(activation=None), "activation", None),
-    (lambda: models.cnn(seed=-1), "seed", -1),
-])
+@pytest.mark.parametrize(
+    "call, name, value",
+    [
+        (lambda: models.mlp(inputs=0), "inputs", 0),
+        (lambda: models.mlp(hidden=2.5), "hidden", 2.5),
+        (lambda: models.mlp(outputs=True), "outputs", True),
+        (lambda: models.mlp(activation="gelu"), "activation", "gelu"),
+        (lambda: models.cnn(activation=None), "activation", None),
+        (lambda: models.cnn(seed=-1), "seed", -1),
+    ],
+)
 def test_bad_arguments_are_refused(refuses, call, name, value):
     with refuses(name, value):
         call()

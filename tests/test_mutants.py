@@ -29,11 +29,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "logits.double() -> logits (again)": "the same, for the other operand",
         "…er(1, rows).squeeze(1) -> …er(1, rows).squeeze()": "of one record a number stays, and the subtraction makes a row of it",
     },
-    "3.1": {
-        "summed + noise_multiplier * … -> summed - noise_multiplier * …": "the noise is symmetric",
-    },
+    "3.1": {"summed + noise_multiplier * … -> summed - noise_multiplier * …": "the noise is symmetric"},
     "3.2": {
-        "…nerator=generator) < sample_rate -> …nerator=generator) <= sample_rate": "a float32 draw equals q with probability 2^-24",
+        "…nerator=generator) < sample_rate -> …nerator=generator) <= sample_rate": "a float32 draw equals q with probability 2^-24"
     },
     "4.2": {"0 -> -1": "zero epochs always fit, so a search that begins by asking for them finds the same"},
     "5.4": {
@@ -53,8 +51,10 @@ def is_loud(fn) -> bool:
         x, y = x.float(), torch.as_tensor(y).long()
         if x.shape != (2,) or x.abs().max() > 2 or y not in (0, 1):
             return False
-        loudness = [per_sample_gradients(model, F.cross_entropy, *rows).norm(dim=1).max()
-                    for rows in ((data.X, data.y), (x[None], y.reshape(1)))]
+        loudness = [
+            per_sample_gradients(model, F.cross_entropy, *rows).norm(dim=1).max()
+            for rows in ((data.X, data.y), (x[None], y.reshape(1)))
+        ]
         if loudness[1] < 1.4 * loudness[0]:
             return False
     return True
@@ -72,16 +72,44 @@ def moves_the_mean(fn) -> bool:
 OPEN = {"1.2": is_loud, "3.3": moves_the_mean}
 
 OPERATORS = {
-    ast.Add: [ast.Sub, ast.Mult], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add], ast.Div: [ast.Mult, ast.FloorDiv],
-    ast.FloorDiv: [ast.Div], ast.Mod: [ast.FloorDiv], ast.Pow: [ast.Mult], ast.MatMult: [ast.Mult],
-    ast.Lt: [ast.LtE, ast.Gt, ast.GtE], ast.LtE: [ast.Lt, ast.Gt, ast.GtE], ast.Gt: [ast.GtE, ast.Lt, ast.LtE],
-    ast.GtE: [ast.Gt, ast.Lt, ast.LtE], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is],
-    ast.In: [ast.NotIn], ast.NotIn: [ast.In], ast.And: [ast.Or], ast.Or: [ast.And],
+    ast.Add: [ast.Sub, ast.Mult],
+    ast.Sub: [ast.Add],
+    ast.Mult: [ast.Div, ast.Add],
+    ast.Div: [ast.Mult, ast.FloorDiv],
+    ast.FloorDiv: [ast.Div],
+    ast.Mod: [ast.FloorDiv],
+    ast.Pow: [ast.Mult],
+    ast.MatMult: [ast.Mult],
+    ast.Lt: [ast.LtE, ast.Gt, ast.GtE],
+    ast.LtE: [ast.Lt, ast.Gt, ast.GtE],
+    ast.Gt: [ast.GtE, ast.Lt, ast.LtE],
+    ast.GtE: [ast.Gt, ast.Lt, ast.LtE],
+    ast.Eq: [ast.NotEq],
+    ast.NotEq: [ast.Eq],
+    ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
+    ast.In: [ast.NotIn],
+    ast.NotIn: [ast.In],
+    ast.And: [ast.Or],
+    ast.Or: [ast.And],
 }
 NAMES = {
-    "sum": ["mean", "prod"], "mean": ["sum"], "min": ["max"], "max": ["min"], "amin": ["amax"], "amax": ["amin"],
-    "argmin": ["argmax"], "argmax": ["argmin"], "ceil": ["floor"], "floor": ["ceil"], "randn": ["rand"],
-    "rand": ["randn"], "double": ["float", "half"], "float": ["half"], "zeros": ["ones"], "ones": ["zeros"],
+    "sum": ["mean", "prod"],
+    "mean": ["sum"],
+    "min": ["max"],
+    "max": ["min"],
+    "amin": ["amax"],
+    "amax": ["amin"],
+    "argmin": ["argmax"],
+    "argmax": ["argmin"],
+    "ceil": ["floor"],
+    "floor": ["ceil"],
+    "randn": ["rand"],
+    "rand": ["randn"],
+    "double": ["float", "half"],
+    "float": ["half"],
+    "zeros": ["ones"],
+    "ones": ["zeros"],
 }
 COMMUTE = (ast.Add, ast.Mult)
 
@@ -114,11 +142,11 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant("prv" if node.value == "rdp" else node.value[::-1])
     elif isinstance(node, ast.Call):
         for k in range(len(node.keywords)):
-            yield like(keywords=node.keywords[:k] + node.keywords[k + 1:])
+            yield like(keywords=node.keywords[:k] + node.keywords[k + 1 :])
             for name in NAMES.get(node.keywords[k].arg or "", []):
                 yield like(keywords=[ast.keyword(name, w.value) if j == k else w for j, w in enumerate(node.keywords)])
         for k in range(len(node.args)):
-            yield like(args=node.args[:k] + node.args[k + 1:])
+            yield like(args=node.args[:k] + node.args[k + 1 :])
         if len(node.args) > 1:
             yield like(args=[node.args[1], node.args[0], *node.args[2:]])
         if isinstance(node.func, ast.Attribute):
@@ -146,11 +174,14 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield like(key=node.value, value=node.key)
         yield node.value
     elif isinstance(node, (ast.List, ast.Tuple)) and isinstance(node.ctx, ast.Load) and node.elts:
-        yield from (like(elts=node.elts[:k] + node.elts[k + 1:]) for k in range(len(node.elts)))
+        yield from (like(elts=node.elts[:k] + node.elts[k + 1 :]) for k in range(len(node.elts)))
         yield like(elts=node.elts[::-1])
     elif isinstance(node, ast.Return) and node.value:
-        yield from (like(value=ast.BinOp(ast.Constant(2), ast.Mult(), node.value)), like(value=ast.UnaryOp(ast.USub(), node.value)),
-                    like(value=ast.BinOp(node.value, ast.Add(), ast.Constant(1))))
+        yield from (
+            like(value=ast.BinOp(ast.Constant(2), ast.Mult(), node.value)),
+            like(value=ast.UnaryOp(ast.USub(), node.value)),
+            like(value=ast.BinOp(node.value, ast.Add(), ast.Constant(1))),
+        )
     if isinstance(node, ast.stmt) and not isinstance(node, (ast.Pass, ast.FunctionDef)):
         yield ast.Pass()
 
@@ -229,7 +260,7 @@ def change(old: str, new: str) -> str:
         while ends[side] < min(len(a), len(b)) - ends[0] * side and a[ends[side]] == b[ends[side]]:
             ends[side] += 1
     start, end = max(ends[0] - 20, 0), max(ends[1] - 20, 0)
-    return " -> ".join("…" * (start > 0) + part[start:len(part) - end] + "…" * (end > 0) for part in (old, new))
+    return " -> ".join("…" * (start > 0) + part[start : len(part) - end] + "…" * (end > 0) for part in (old, new))
 
 
 def first_values(exercise: core.Exercise, tree: ast.Module) -> dict[int, object]:
@@ -253,8 +284,12 @@ def first_values(exercise: core.Exercise, tree: ast.Module) -> dict[int, object]
     core.examine(exercise, once(lambda *args: keep(-1, exercise.reference(*args))))
     for index, node in enumerate(sites(tree)):
         computed = isinstance(node, (ast.BinOp, ast.Call, ast.Subscript, ast.IfExp))
-        if (computed or isinstance(node, ast.Name) and node.id in parameters) and not isinstance(getattr(node, "ctx", None), ast.Store):
-            kept = Replace(index, lambda n, index=index: ast.Call(ast.Name("_keep", ast.Load()), [ast.Constant(index), n], []))
+        if (computed or isinstance(node, ast.Name) and node.id in parameters) and not isinstance(
+            getattr(node, "ctx", None), ast.Store
+        ):
+            kept = Replace(
+                index, lambda n, index=index: ast.Call(ast.Name("_keep", ast.Load()), [ast.Constant(index), n], [])
+            )
             core.examine(exercise, once(made_of(kept.visit(copy.deepcopy(tree)), exercise.reference, _keep=keep)))
     return seen
 
@@ -285,7 +320,12 @@ def mutants(exercise: core.Exercise) -> dict[str, Callable]:
         if isinstance(node, ast.Return):
             add(index, ast.Return(call()), "return the first result", lambda: copy.deepcopy(first[-1]))
             for dtype in casts(first[-1]):
-                add(index, ast.Return(call(node.value)), f"return as {dtype}", lambda value, dtype=dtype: cast(value, dtype))
+                add(
+                    index,
+                    ast.Return(call(node.value)),
+                    f"return as {dtype}",
+                    lambda value, dtype=dtype: cast(value, dtype),
+                )
     return made
 
 
@@ -299,7 +339,9 @@ def test_no_mutant_of_the_reference_answer_passes(exercise, monkeypatch):
         monkeypatch.setattr(core, "TIME_LIMIT", 10.0 if what in equivalent else LIMIT)
         if core.examine(exercise, mutant).passed:
             passed.append(what)
-    print(f"{exercise.id}: {len(tried)} mutants; passed, and may:", *sorted(set(passed) & set(equivalent)), sep="\n    ")
+    print(
+        f"{exercise.id}: {len(tried)} mutants; passed, and may:", *sorted(set(passed) & set(equivalent)), sep="\n    "
+    )
     print("passed, and may not:", *sorted(set(passed) - set(equivalent)), sep="\n    ")
     assert len(tried) >= 12
     assert sorted(passed) == sorted(equivalent)  # a listed one that does not pass, or is not made, is no exception

@@ -90,7 +90,15 @@ def test_every_picture_has_its_sentence_in_text_beside_it(notebook):
 def test_it_has_the_parts_of_a_lesson(path, notebook):
     text = prose(notebook)
     assert text.startswith(f"# {path.stem[:2]} · ")
-    for part in ("You will be able to", "minutes", "## Sharp edges", "## Test yourself", "You can now", "**Next:**", "redict"):
+    for part in (
+        "You will be able to",
+        "minutes",
+        "## Sharp edges",
+        "## Test yourself",
+        "You can now",
+        "**Next:**",
+        "redict",
+    ):
         assert part in text, part
     assert text.split("## Test yourself")[1].count("<details>") >= 3
 
@@ -108,7 +116,9 @@ def test_its_exercises_have_a_box_a_check_and_a_folded_solution(path, notebook):
 
 def test_it_sends_nobody_to_a_notebook_that_is_not_there(notebook):
     text = "\n".join(c.source for c in notebook.cells)
-    named = set(re.findall(r"[Nn]otebooks? `?(\d\d)", text)) | set(re.findall(r"[Nn]otebooks \d\d(?: to |–| and )(\d\d)", text))
+    named = set(re.findall(r"[Nn]otebooks? `?(\d\d)", text)) | set(
+        re.findall(r"[Nn]otebooks \d\d(?: to |–| and )(\d\d)", text)
+    )
     assert named | set(re.findall(r"\b(\d\d)_[a-z]", text)) <= {p.stem[:2] for p in PATHS}
 
 
@@ -119,14 +129,20 @@ def prints(cell) -> list[ast.Call]:
 
 
 def test_no_number_is_printed_that_nothing_computed(notebook):
-    literal = [call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)]
+    literal = [
+        call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)
+    ]
     assert [ast.unparse(call) for call in literal if re.search(r"\d", ast.unparse(call))] == []
 
 
 @pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
 def test_with_you_and_without_you_have_one_colour_each(path, notebook):
     source = "\n".join(c.source for c in code(notebook))
-    drawn = set(re.findall(r'"([a-z-]+)", "(with you|with the record|members|without you|somebody else(?:\'s)?|non-members)"', source))
+    drawn = set(
+        re.findall(
+            r'"([a-z-]+)", "(with you|with the record|members|without you|somebody else(?:\'s)?|non-members)"', source
+        )
+    )
     assert all(role == ("private" if name.startswith(("with ", "members")) else "data") for role, name in drawn), drawn
     assert drawn or path.stem[:2] == "02"
 
@@ -139,7 +155,9 @@ def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not
 
 
 def test_the_readme_says_how_long_each_notebook_takes():
-    rows = dict(re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf8"), re.MULTILINE))
+    rows = dict(
+        re.findall(r"^\| `(\d\d_\w+)` \|.*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf8"), re.MULTILINE)
+    )
     says = {p.stem: re.search(r"about (\d+) minutes", prose(nbformat.read(p, as_version=4))).group(1) for p in PATHS}
     assert rows == says
 
@@ -151,19 +169,38 @@ def test_the_readme_names_every_notebook():
 
 def test_the_epsilons_in_the_playgrounds_answers_are_those_of_its_two_moons():
     notebook = nbformat.read(ROOT / "notebooks" / "10_playground.ipynb", as_version=4)
-    made = next(call for cell in code(notebook) if "Scene(" in cell.source for call in ast.walk(ast.parse(cell.source))
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Scene" and "two_moons" in ast.unparse(call))
-    start = eval(ast.unparse(next(part for part in made.args if "Settings" in ast.unparse(part))), {"Settings": Settings})
+    made = next(
+        call
+        for cell in code(notebook)
+        if "Scene(" in cell.source
+        for call in ast.walk(ast.parse(cell.source))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Scene" and "two_moons" in ast.unparse(call)
+    )
+    start = eval(
+        ast.unparse(next(part for part in made.args if "Settings" in ast.unparse(part))), {"Settings": Settings}
+    )
     n = ast.literal_eval(made.args[0].args[0])
 
     def cost(accountant="prv", **changed):
         s = dataclasses.replace(start, **changed)
-        return epsilon(noise_multiplier=s.noise_multiplier, sample_rate=s.sample_rate(n), accountant=accountant,
-                       steps=s.epochs * s.steps_per_epoch(n), target_delta=s.target_delta)
+        return epsilon(
+            noise_multiplier=s.noise_multiplier,
+            sample_rate=s.sample_rate(n),
+            accountant=accountant,
+            steps=s.epochs * s.steps_per_epoch(n),
+            target_delta=s.target_delta,
+        )
 
     half = {"batch_size": start.batch_size // 2}
-    known = [cost(), cost("rdp"), cost(**half), cost(**half, noise_multiplier=start.noise_multiplier / 2),
-             cost(noise_multiplier=8.0), cost(noise_multiplier=4.0), cost(noise_multiplier=4.0, epochs=2 * start.epochs)]
+    known = [
+        cost(),
+        cost("rdp"),
+        cost(**half),
+        cost(**half, noise_multiplier=start.noise_multiplier / 2),
+        cost(noise_multiplier=8.0),
+        cost(noise_multiplier=4.0),
+        cost(noise_multiplier=4.0, epochs=2 * start.epochs),
+    ]
     text = "".join(cell.source for cell in notebook.cells)
     assert [f"{value:.2f}" for value in known if f"{value:.2f}" not in text] == []
 

@@ -20,12 +20,24 @@ PACKAGE = ROOT / "dpteach"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "_checks": 0, "bookkeeping": 0, "guards": 0, "randomness": 0,
-    "data": 1, "models": 1, "mechanism": 1, "accounting": 1, "ledger": 1.5,
+    "_checks": 0,
+    "bookkeeping": 0,
+    "guards": 0,
+    "randomness": 0,
+    "data": 1,
+    "models": 1,
+    "mechanism": 1,
+    "accounting": 1,
+    "ledger": 1.5,
     "training": 2,
-    "attacks": 3, "federated": 3,
-    "flower": 4, "plots": 4,
-    "experiments": 5, "explorer": 5, "exercises": 5, "publish": 5,
+    "attacks": 3,
+    "federated": 3,
+    "flower": 4,
+    "plots": 4,
+    "experiments": 5,
+    "explorer": 5,
+    "exercises": 5,
+    "publish": 5,
 }
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -94,8 +106,11 @@ def test_every_name_that_the_package_offers_is_there():
 
 
 NEEDS_FLOWER = ("dpteach.flower.client_app", "dpteach.flower.server_app")
-MODULES = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "dpteach.")
-           if not m.name.startswith("dpteach.explorer") and (installed() or m.name not in NEEDS_FLOWER)]
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages([str(PACKAGE)], "dpteach.")
+    if not m.name.startswith("dpteach.explorer") and (installed() or m.name not in NEEDS_FLOWER)
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -126,14 +141,19 @@ def test_requirements_and_pyproject_name_the_same_lower_bounds():
     required = [line.split("#")[0].strip() for line in requirement_lines()]
     project = pyproject()["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["flower"]
-    assert {"ipywidgets>=7.7"} == set(declared) - set(required)  # the package runs on Colab's 7.7; the workbook's JupyterLab needs 8.1
+    assert {"ipywidgets>=7.7"} == set(declared) - set(
+        required
+    )  # the package runs on Colab's 7.7; the workbook's JupyterLab needs 8.1
     assert len(declared) > 5 and "ipywidgets>=8.1" in required
     assert len({re.split(">=", line)[0] for line in required}) == len(required)
 
 
 def test_every_test_in_the_table_of_the_audit_exists():
-    rows = [line for line in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith("| ") and not line.endswith("held by |")]
+    rows = [
+        line
+        for line in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.endswith("held by |")
+    ]
     unheld, missing = [], []
     for row in rows:
         named = re.findall(r"`((?:tests|notebooks)/[^`]*?)::([^`]+)`", row)

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-
 from lab import new_notebook, new_page
 
 SETUP = """
@@ -25,10 +24,27 @@ SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start
 CONTROLS = {  # what Tab must reach, in this order
     "Explorer": [*SLIDERS, "More: learning rate, batch size", *BUTTONS],
     "Viewer": ["noise multiplier σ", "prior"],
-    "FederatedExplorer": ["σ of alice", "σ of the hospital in the next town", "rounds", "alice's share of records", "label skew",
-                          "average", *BUTTONS],
-    "Playground": ["data and model", "method", "optimizer", *SLIDERS, "learning rate", "batch size", "δ", *BUTTONS,
-                   "Pin this run", "Unpin all"],
+    "FederatedExplorer": [
+        "σ of alice",
+        "σ of the hospital in the next town",
+        "rounds",
+        "alice's share of records",
+        "label skew",
+        "average",
+        *BUTTONS,
+    ],
+    "Playground": [
+        "data and model",
+        "method",
+        "optimizer",
+        *SLIDERS,
+        "learning rate",
+        "batch size",
+        "δ",
+        *BUTTONS,
+        "Pin this run",
+        "Unpin all",
+    ],
 }
 
 # What has the keyboard's focus: its role, its name for a screen reader, its value, and how its outline stands out.
@@ -43,7 +59,9 @@ FOCUSED = """() => {
 
 @pytest.fixture(scope="module")
 def opened(lab_folder, address, browser):
-    lab = new_page(browser).open(address, new_notebook(lab_folder, "people.ipynb", SETUP, *(f"{c}\nlive" for c in LIVE.values())))
+    lab = new_page(browser).open(
+        address, new_notebook(lab_folder, "people.ipynb", SETUP, *(f"{c}\nlive" for c in LIVE.values()))
+    )
     lab.run_cell(0)
     yield lab
     assert lab.errors == [] and lab.failures() == []
@@ -89,7 +107,9 @@ def test_tab_reaches_every_control_in_order_with_a_name_and_a_visible_focus(lab,
     lab.page.keyboard.press("Escape")  # the keyboard is in use: a browser shows the focus only then
     seen = walk(lab)
     assert [s["name"] for s in seen if s["role"] != "textbox"] == CONTROLS[kind]
-    assert lab.cell.locator("[title=null], [title=undefined]").count() == 0  # what ipywidgets says where nobody says anything
+    assert (
+        lab.cell.locator("[title=null], [title=undefined]").count() == 0
+    )  # what ipywidgets says where nobody says anything
     assert [s for s in seen if not s["name"] or not s["outlined"]] == []
     for slider, number in zip(seen, seen[1:]):
         if slider["role"] == "slider":  # its number can be typed, too
@@ -126,8 +146,15 @@ def keys(lab, words: str, *names: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_an_arrow_key_moves_a_twentieth_of_a_decade(lab):
-    around = {"ArrowRight": "1.12", "ArrowUp": "1.26", "ArrowLeft": "1.12", "ArrowDown": "1.00", "PageUp": "1.78",
-              "PageDown": "1.00", "End": "10.0"}
+    around = {
+        "ArrowRight": "1.12",
+        "ArrowUp": "1.26",
+        "ArrowLeft": "1.12",
+        "ArrowDown": "1.00",
+        "PageUp": "1.78",
+        "PageDown": "1.00",
+        "End": "10.0",
+    }
     assert keys(lab, "noise multiplier", *around) == list(around.values())
     assert keys(lab, "noise multiplier", "ArrowRight", "ArrowLeft") == ["10.0", "8.91"]
     assert lab.page.evaluate(FOCUSED)["name"] == "noise multiplier σ"
@@ -150,8 +177,10 @@ def test_an_arrow_key_moves_a_probability_by_a_hundredth(lab):
 @pytest.mark.parametrize("kind", ["Explorer", "FederatedExplorer", "Playground"], indirect=True)
 @pytest.mark.parametrize("key", ["Enter", "Space"])
 def test_a_key_presses_start_and_stop(lab, key):
-    lab.execute("(live.explorer if hasattr(live, 'explorer') else live).controls"
-                "['rounds' if hasattr(live, 'rounds') else 'epochs'].value = 20 if hasattr(live, 'rounds') else 100")
+    lab.execute(
+        "(live.explorer if hasattr(live, 'explorer') else live).controls"
+        "['rounds' if hasattr(live, 'rounds') else 'epochs'].value = 20 if hasattr(live, 'rounds') else 100"
+    )
     lab.execute("live.wait()")
     for button, beginning in (("Start", "Training"), ("Stop", "Stopped")):
         lab.cell.locator("button", has_text=button).first.focus()
@@ -178,20 +207,26 @@ def test_the_folded_sliders_open_by_key_and_are_next_in_order(lab):
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_the_words_for_a_screen_reader_follow_the_figures_without_chatter(lab):
     """One place on the page is read out when it changes. It is there before its words are, and no other place looks like it:
-    the Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``."""
+    the Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``.
+    """
     read_out = lab.cell.locator(".dpteach").first.locator("[aria-live], [role=status], [role=alert], [role=log]")
     assert read_out.count() == 1 and read_out.get_attribute("aria-live") == "polite"
     read_out.evaluate("place => { window.read_out = place; }")
     lab.execute("live.controls['epochs'].value = 100")
-    lab.until("f.spoken.startsWith('Finished') && all.slice(0, i).some(g => g.spoken.startsWith('Training'))", timeout=60)
+    lab.until(
+        "f.spoken.startsWith('Finished') && all.slice(0, i).some(g => g.spoken.startsWith('Training'))", timeout=60
+    )
     frames = lab.frames()
     spoken = [f["spoken"] for f, before in zip(frames[1:], frames) if f["spoken"] != before["spoken"]]
     assert [re.split("[: ]", words)[0] for words in spoken] == ["Training", "Finished"]
     assert len({f["status"] for f in frames}) > 3 and len({f["alt"] for f in frames}) > 3
     assert read_out.evaluate("place => place === window.read_out && place.textContent.startsWith('Finished')")
     # The picture comes first, its status next: what is said about the picture is never older than the status.
-    steps = [(int(re.search(r"after step (\d+) of", f["alt"]).group(1)), int(m.group(1)))
-             for f in frames if (m := re.search(r"Training: step (\d+)", f["status"]))]
+    steps = [
+        (int(re.search(r"after step (\d+) of", f["alt"]).group(1)), int(m.group(1)))
+        for f in frames
+        if (m := re.search(r"Training: step (\d+)", f["status"]))
+    ]
     assert steps and all(picture >= status for picture, status in steps)
 
 
@@ -206,7 +241,9 @@ def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, heig
     try:
         lab.page.set_viewport_size({"width": width, "height": height})
         lab.page.wait_for_function("width => document.querySelector('.jp-Notebook').clientWidth < width", arg=width)
-        wide = lab.cell.locator(".dpteach").first.evaluate("""box => {
+        wide = lab.cell.locator(
+            ".dpteach"
+        ).first.evaluate("""box => {
             const right = box.closest('.jp-OutputArea-output').getBoundingClientRect().right;
             const out = e => e.getBoundingClientRect().right > right + 0.5 && !e.closest('[style*="overflow-x"]');
             const cut = e => e.scrollWidth > e.clientWidth + 1 && !e.closest('[style*="overflow-x"], .dpteach-spoken');
@@ -222,7 +259,8 @@ def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, heig
         lab.page.set_viewport_size({"width": 1300, "height": 1000})
 
 
-# Every control: its kind, how thick the line around it is, and whether text and line stand out from what they are drawn on.
+# Every control: its kind, how thick the line around it is, and whether text and line stand out from what they are drawn
+# on.
 DRAWN = """cell => [...cell.querySelectorAll('.noUi-target, .noUi-handle, button, select')].filter(e => e.checkVisibility()).map(e => {
   const look = getComputedStyle(e);
   const lines = [[look.borderTopStyle, look.borderTopWidth, look.borderTopColor], [look.outlineStyle, look.outlineWidth, look.outlineColor]];
@@ -251,7 +289,9 @@ def test_with_the_systems_own_high_contrast_colours_every_control_still_has_an_o
 def test_where_the_system_asks_for_less_motion_nothing_glides(lab):
     gliding = """cell => [...cell.querySelectorAll('.dpteach *')].map(e => getComputedStyle(e))
                    .filter(look => parseFloat(look.transitionDuration) > 0 || look.animationName !== 'none').length"""
-    lab.cell.locator(".noUi-target").first.evaluate("slider => slider.classList.add('noUi-state-tap')")  # as a click on the track does
+    lab.cell.locator(".noUi-target").first.evaluate(
+        "slider => slider.classList.add('noUi-state-tap')"
+    )  # as a click on the track does
     assert lab.cell.evaluate(gliding) > 0
     lab.page.emulate_media(reduced_motion="reduce")
     try:

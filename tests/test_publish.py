@@ -126,9 +126,13 @@ def test_installing_the_package_on_colab_replaces_nothing_that_colab_has(package
     frozen = colab()
     assert {"torch", "torchvision", "numpy", "matplotlib", "ipywidgets"} <= set(frozen)
     if package == "dpteach":  # what the file says: the installed metadata may be older
-        declared = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]["dependencies"]
+        declared = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))[
+            "project"
+        ]["dependencies"]
     else:
         declared = requires(package)
     asked = [r for r in map(Requirement, declared) if not r.marker or r.marker.evaluate({"extra": ""})]
     assert any(r.name in frozen for r in asked)
-    assert [f"{r} does not admit {frozen[r.name]}" for r in asked if r.name in frozen and frozen[r.name] not in r.specifier] == []
+    assert [
+        f"{r} does not admit {frozen[r.name]}" for r in asked if r.name in frozen and frozen[r.name] not in r.specifier
+    ] == []

@@ -100,7 +100,9 @@ def test_noise_of_a_run_without_a_seed_has_the_standard_deviation_that_epsilon_a
     model = models.cnn()
     before = weights(model)
     next(train(model, data, settings, method=method))
-    assert float((weights(model) - before).std()) == pytest.approx(0.1 * 50.0 * 0.02 / 10, rel=4 / math.sqrt(2 * 26_010))
+    assert float((weights(model) - before).std()) == pytest.approx(
+        0.1 * 50.0 * 0.02 / 10, rel=4 / math.sqrt(2 * 26_010)
+    )
 
 
 def test_a_worker_without_a_seed_draws_anew(tmp_path):
@@ -112,7 +114,8 @@ def test_a_worker_without_a_seed_draws_anew(tmp_path):
     assert not torch.allclose(trained(), trained())
 
 
-# --- seeds, for lessons ------------------------------------------------------------------------------------------------
+# --- seeds, for lessons
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,7 @@
 """What one learner costs a shared machine: memory, the wait for the first moving frame, import time, processor at rest.
 
-``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine; README.md has what was
-measured on a quiet one.
+``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine; README.md has
+what was measured on a quiet one.
 """
 
 import shutil
@@ -65,13 +65,19 @@ def test_a_cold_notebook_soon_shows_a_moving_frame(notebook, tmp_path):
         lab.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
 
         def after(selector: str, text: str = "") -> float:
-            lab.page.wait_for_function("([selector, text]) => [...document.querySelectorAll(selector)]"
-                                       ".some(e => e.textContent.startsWith(text))",
-                                       arg=[selector, text], timeout=180_000, polling=50)
+            lab.page.wait_for_function(
+                "([selector, text]) => [...document.querySelectorAll(selector)]"
+                ".some(e => e.textContent.startsWith(text))",
+                arg=[selector, text],
+                timeout=180_000,
+                polling=50,
+            )
             return time.monotonic() - began
 
         live = after(".jp-Notebook .jupyter-widgets svg[role=img]")
         moving = after(".jp-Notebook .dpteach-status", "Training")
-    print(f"\n{notebook}: open with a kernel after {opened:.1f} s, first live picture after {live:.1f} s, "
-          f"first moving frame of a training after {moving:.1f} s")
+    print(
+        f"\n{notebook}: open with a kernel after {opened:.1f} s, first live picture after {live:.1f} s, "
+        f"first moving frame of a training after {moving:.1f} s"
+    )
     assert live <= 60 and moving <= 120

@@ -70,10 +70,17 @@ def test_the_sum_is_divided_by_the_expected_batch_size_not_by_the_actual_one(met
 
 @pytest.mark.filterwarnings("ignore")
 @every_optimizer
-@pytest.mark.parametrize("make, data", [
-    (models.mlp, MOONS),
-    (models.cnn, Data(torch.rand(24, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10)),
-], ids=["mlp", "cnn"])
+@pytest.mark.parametrize(
+    "make, data",
+    [
+        (models.mlp, MOONS),
+        (
+            models.cnn,
+            Data(torch.rand(24, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10),
+        ),
+    ],
+    ids=["mlp", "cnn"],
+)
 def test_a_step_is_the_step_of_opacus_given_the_same_batch_and_noise(monkeypatch, make, data, optimizer):
     """Opacus' model wrapper and optimizer get the batches of our run, and our noise in place of their own draws.
 
@@ -93,8 +100,10 @@ def test_a_step_is_the_step_of_opacus_given_the_same_batch_and_noise(monkeypatch
     monkeypatch.setattr(opacus.optimizers.optimizer, "_generate_noise", our_noise)
     wrapped = GradSampleModule(reference)
     theirs = DPOptimizer(
-        OPTIMIZERS[optimizer](reference.parameters(), lr=settings.lr), noise_multiplier=settings.noise_multiplier,
-        max_grad_norm=settings.max_grad_norm, expected_batch_size=n * q,
+        OPTIMIZERS[optimizer](reference.parameters(), lr=settings.lr),
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=settings.max_grad_norm,
+        expected_batch_size=n * q,
     )
     steps = weights_by_step(model, data, settings, method="dpsgd", optimizer=optimizer)
     for now, batch in zip(steps, poisson_batches(n, q, len(steps), sampling), strict=True):
@@ -192,8 +201,13 @@ def test_steps_are_numbered_and_carry_epsilon_and_accuracy(method, optimizer):
     assert [step.epoch for step in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert all(math.isfinite(step.loss) for step in steps)
     for step in steps:
-        assert step.epsilon == (math.inf if method == "sgd" else pytest.approx(
-            epsilon(noise_multiplier=1.0, sample_rate=1 / 3, steps=step.step, accountant="rdp"), abs=1e-9))
+        assert step.epsilon == (
+            math.inf
+            if method == "sgd"
+            else pytest.approx(
+                epsilon(noise_multiplier=1.0, sample_rate=1 / 3, steps=step.step, accountant="rdp"), abs=1e-9
+            )
+        )
 
 
 @every_method
@@ -227,9 +241,11 @@ def test_the_epsilon_of_an_opacus_run_is_the_one_that_opacus_reports():
     engine = PrivacyEngine(accountant="rdp")
     model = models.mlp()
     model, optimizer, loader = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(MOONS.X, MOONS.y), batch_size=25),
-        noise_multiplier=0.8, max_grad_norm=0.5,
+        noise_multiplier=0.8,
+        max_grad_norm=0.5,
     )
     ours = train(models.mlp(), MOONS, settings, method="opacus")
     dpsgd = train(models.mlp(), MOONS, settings, method="dpsgd")
@@ -253,7 +269,8 @@ def test_an_opacus_run_has_the_steps_that_its_epsilon_pays_for_and_its_divisor_a
     accumulate, sample = DPOptimizer.clip_and_accumulate, training.poisson_batches
     monkeypatch.setattr(training, "poisson_batches", lambda *args: sampled.append(args[:3]) or sample(*args))
     monkeypatch.setattr(
-        DPOptimizer, "clip_and_accumulate", lambda self: expected.append(self.expected_batch_size) or accumulate(self))
+        DPOptimizer, "clip_and_accumulate", lambda self: expected.append(self.expected_batch_size) or accumulate(self)
+    )
     data = two_moons(400)
     for ratio in ratios:
         next(train(models.mlp(), data.take(ratio), Settings(epochs=2, batch_size=1), method="opacus"))
@@ -341,15 +358,18 @@ def test_a_smaller_delta_and_a_run_without_privacy_do_not_warn(method):
 BAD = [math.nan, True, "1", None]
 
 
-@pytest.mark.parametrize("name, value", [
-    *(("noise_multiplier", v) for v in (-0.1, math.inf, *BAD)),
-    *(("max_grad_norm", v) for v in (0, -1.0, *BAD)),
-    *(("epochs", v) for v in (0, -1, 1.5, math.inf, *BAD)),
-    *(("batch_size", v) for v in (0, 2.5, *BAD)),
-    *(("lr", v) for v in (0, -1.0, math.inf, *BAD)),
-    *(("target_delta", v) for v in (0, 1, -0.1, 2, *BAD)),
-    *(("seed", v) for v in (-1, 0.5, *BAD[:-1])),  # None is a choice: see test_release.py
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("noise_multiplier", v) for v in (-0.1, math.inf, *BAD)),
+        *(("max_grad_norm", v) for v in (0, -1.0, *BAD)),
+        *(("epochs", v) for v in (0, -1, 1.5, math.inf, *BAD)),
+        *(("batch_size", v) for v in (0, 2.5, *BAD)),
+        *(("lr", v) for v in (0, -1.0, math.inf, *BAD)),
+        *(("target_delta", v) for v in (0, 1, -0.1, 2, *BAD)),
+        *(("seed", v) for v in (-1, 0.5, *BAD[:-1])),  # None is a choice: see test_release.py
+    ],
+)
 def test_settings_refuse_bad_values(refuses, name, value):
     with refuses(name, value):
         Settings(**{name: value})
@@ -396,7 +416,9 @@ def test_batch_norm_is_refused(method):
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_the_light_optimizer_is_torchs_to_the_bit(optimizer):
     models_ = [models.mlp(), models.mlp()]
-    torchs, light = (make[optimizer](m.parameters(), lr=0.02) for make, m in zip((OPTIMIZERS, WITHOUT_IMPORTS), models_))
+    torchs, light = (
+        make[optimizer](m.parameters(), lr=0.02) for make, m in zip((OPTIMIZERS, WITHOUT_IMPORTS), models_)
+    )
     for seed in range(5):
         for model, each in zip(models_, (torchs, light)):
             each.zero_grad()
@@ -407,9 +429,18 @@ def test_the_light_optimizer_is_torchs_to_the_bit(optimizer):
 
 
 def test_a_first_run_does_not_import_the_compiler():
-    code = ("import sys; from dpteach import Settings, models, train, two_moons\n"
-            "for method in ('sgd', 'dpsgd'):\n"
-            "    for optimizer in ('sgd', 'momentum'):\n"
-            "        next(train(models.mlp(), two_moons(64), Settings(batch_size=32), method=method, optimizer=optimizer))\n"
-            "print([name for name in ('torch._dynamo', 'torch._inductor', 'torchvision', 'matplotlib') if name in sys.modules])")
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        "import sys; from dpteach import Settings, models, train, two_moons\n"
+        "for method in ('sgd', 'dpsgd'):\n"
+        "    for optimizer in ('sgd', 'momentum'):\n"
+        "        next(train(models.mlp(), two_moons(64), Settings(batch_size=32), method=method, "
+        "optimizer=optimizer))\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'torchvision', 'matplotlib') if name in "
+        "sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )

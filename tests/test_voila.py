@@ -22,11 +22,22 @@ ALT = "() => [...document.querySelectorAll('svg[role=img]')].map(s => s.getAttri
 def address(tmp_path):
     if importlib.util.find_spec("voila") is None:
         pytest.skip("Voilà is not installed: pip install voila")
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-           "IPYTHONDIR": str(tmp_path / "ipython")}
+    env = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }
     port = free_port()
-    command = [sys.executable, "-m", "voila", str(ROOT / "notebooks" / "10_playground.ipynb"), "--no-browser", f"--port={port}",
-               f"--VoilaExecutor.timeout={PATIENCE}"]
+    command = [
+        sys.executable,
+        "-m",
+        "voila",
+        str(ROOT / "notebooks" / "10_playground.ipynb"),
+        "--no-browser",
+        f"--port={port}",
+        f"--VoilaExecutor.timeout={PATIENCE}",
+    ]
 
     def answers():
         with socket.socket() as probe:
@@ -64,5 +75,7 @@ def test_the_playground_is_a_page_of_its_own_whose_sliders_train(address):
         assert f"σ = {shown}," not in before
         page.wait_for_function(f"() => ({ALT})().includes('σ = {shown},')", polling=20)
         print(f"Voilà, slider to new frame: {1000 * (time.monotonic() - let_go):.0f} ms")
-        page.wait_for_function("() => [...document.querySelectorAll('.dpteach-status')].some(s => s.textContent.startsWith('Finished'))")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('.dpteach-status')].some(s => s.textContent.startsWith('Finished'))"
+        )
         assert errors == []

@@ -1,6 +1,7 @@
 """Every live picture of the workbook, dragged once by mouse in a real JupyterLab: a new frame must answer.
 
-Of each notebook only the cells run that its live pictures need; that all of it is right, ``pytest --nbval notebooks/`` tests.
+Of each notebook only the cells run that its live pictures need; that all of it is right, ``pytest --nbval notebooks/``
+tests.
 """
 
 import re
@@ -18,14 +19,16 @@ from dpteach.training import train
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # In place of cells that take long.
-BEFORE = {"07_flower": """
+BEFORE = {
+    "07_flower": """
 for name in ("alice", "bob"):
     ledger = Ledger(f"{folder.name}/{name}.json", new=True)
     for _ in range(3):
         ledger.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
 viewer._request(force=True)
 viewer.wait()
-"""}
+"""
+}
 # A live picture that the cell shows: its name stands alone in the last line. One that only code moves is not shown.
 SHOWS_LIVE = r"(?s)\b(?P<name>\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\(.*\n(?P=name)$"
 
@@ -84,7 +87,10 @@ def test_a_drag_is_answered_by_a_new_frame(path, lab_folder, lab):
         pressed = lab.now()
         lab.drag("", [0.35 if lab.place() > 0.5 else 0.65])
         came = lab.until(f"f.ms > {pressed} && f.picture !== all[0].picture && !/^(Stopped|Can't)/.test(f.status)")
-        print(f"\n{path.stem}, {' '.join(lab.slider().inner_text().split())}: {came - pressed:.0f} ms from the press to the frame")
+        print(
+            f"\n{path.stem}, {' '.join(lab.slider().inner_text().split())}: {came - pressed:.0f} ms from the press to "
+            "the frame"
+        )
     assert lab.errors == [] and lab.failures() == []
     lab.end_kernel()
 

@@ -24,8 +24,13 @@ def price(n, batch_size, epochs, noise_multiplier, target_delta):
 
 
 def _rdp(noise_multiplier, sample_rate, steps, target_delta, accountant="rdp"):
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, target_delta=target_delta,
-                   accountant=accountant)
+    return epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=steps,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
 
 
 def delta_from_batches(n, batch_size, epochs, noise_multiplier, target_delta):
@@ -166,10 +171,23 @@ def calls(*rows):
 
 
 _RUNS = [  # n / batch_size has a fraction above ½, above ½, below ½, none, hardly one; then one batch holds all
-    (2000, 256, 5, 1.0, 1e-6), (20_000, 300, 3, 2.0, 1e-7), (1300, 600, 4, 3.0, 1e-5), (1200, 300, 2, 1.5, 1e-4),
-    (1201, 300, 6, 0.8, 1e-5), (500, 500, 7, 5.0, 1e-6),
-    *seeded(41, 3, lambda draw: (draw.randint(500, 9000), draw.randint(50, 400), draw.randint(2, 9),
-                                 draw.uniform(0.7, 3), 10 ** draw.uniform(-7, -4.5))),
+    (2000, 256, 5, 1.0, 1e-6),
+    (20_000, 300, 3, 2.0, 1e-7),
+    (1300, 600, 4, 3.0, 1e-5),
+    (1200, 300, 2, 1.5, 1e-4),
+    (1201, 300, 6, 0.8, 1e-5),
+    (500, 500, 7, 5.0, 1e-6),
+    *seeded(
+        41,
+        3,
+        lambda draw: (
+            draw.randint(500, 9000),
+            draw.randint(50, 400),
+            draw.randint(2, 9),
+            draw.uniform(0.7, 3),
+            10 ** draw.uniform(-7, -4.5),
+        ),
+    ),
 ]
 
 
@@ -179,21 +197,29 @@ _RUNS = [  # n / batch_size has a fraction above ½, above ½, below ½, none, h
 def epochs_within(budget, n, batch_size, noise_multiplier, target_delta):
     steps_per_epoch = math.ceil(n / batch_size)
     epochs = 0
-    while epsilon(
-        noise_multiplier=noise_multiplier,
-        sample_rate=1 / steps_per_epoch,
-        steps=(epochs + 1) * steps_per_epoch,  # would one more epoch still be within the budget?
-        target_delta=target_delta,
-        accountant="rdp",
-    ) <= budget:
+    while (
+        epsilon(
+            noise_multiplier=noise_multiplier,
+            sample_rate=1 / steps_per_epoch,
+            steps=(epochs + 1) * steps_per_epoch,  # would one more epoch still be within the budget?
+            target_delta=target_delta,
+            accountant="rdp",
+        )
+        <= budget
+    ):
         epochs += 1
     return epochs
 
 
 def _after(epochs, n, batch_size, noise_multiplier, target_delta, accountant="rdp"):
     per_epoch = math.ceil(n / batch_size)
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / per_epoch, steps=epochs * per_epoch,
-                   target_delta=target_delta, accountant=accountant)
+    return epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=1 / per_epoch,
+        steps=epochs * per_epoch,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
 
 
 def _longest(budget, per_epoch, cost):
@@ -296,13 +322,27 @@ def _to_the_last_digit(fn, args):
 
 
 _SMALL_BUDGETS = [  # a search by PRV, the default, must reach its end here within the time limit, to be told apart
-    (1.5, 2000, 250, 2.5, 1e-6), (1.0, 20_000, 1000, 2.5, 1e-7), (0.3, 2000, 250, 2.5, 1e-5),
-    (0.9, 1100, 512, 6.0, 1e-6), (1.2, 1000, 350, 5.0, 1e-6),
+    (1.5, 2000, 250, 2.5, 1e-6),
+    (1.0, 20_000, 1000, 2.5, 1e-7),
+    (0.3, 2000, 250, 2.5, 1e-5),
+    (0.9, 1100, 512, 6.0, 1e-6),
+    (1.2, 1000, 350, 5.0, 1e-6),
 ]
 _LARGE_BUDGETS = [
-    (2.2, 1100, 512, 6.0, 1e-6), (3.0, 2000, 300, 4.0, 1e-6), (4.0, 1290, 430, 12.0, 1e-5),
-    *seeded(42, 2, lambda draw: (draw.uniform(1, 2), draw.randint(1000, 3000), draw.randint(200, 500),
-                                 draw.uniform(3, 6), 10 ** draw.uniform(-7, -4.5))),
+    (2.2, 1100, 512, 6.0, 1e-6),
+    (3.0, 2000, 300, 4.0, 1e-6),
+    (4.0, 1290, 430, 12.0, 1e-5),
+    *seeded(
+        42,
+        2,
+        lambda draw: (
+            draw.uniform(1, 2),
+            draw.randint(1000, 3000),
+            draw.randint(200, 500),
+            draw.uniform(3, 6),
+            10 ** draw.uniform(-7, -4.5),
+        ),
+    ),
     (None, 2000, 300, 2.5, 1e-6),
 ]
 
@@ -310,9 +350,15 @@ _LARGE_BUDGETS = [
 def _in_two_parts(first: Exercise, rows, wrong) -> Exercise:
     """``first``; then, for an answer that is right there, the same on ``rows``: too much for a search by PRV."""
     wrong = (*first.wrong, *wrong)
-    then = coding(first.id, hint=first.hint, reference=first.reference, inputs=calls(*rows), praise="",
-                  observe=_to_the_last_digit,
-                  wrong=[other for other in wrong if other.answer is not budget_by_another_accountant])
+    then = coding(
+        first.id,
+        hint=first.hint,
+        reference=first.reference,
+        inputs=calls(*rows),
+        praise="",
+        observe=_to_the_last_digit,
+        wrong=[other for other in wrong if other.answer is not budget_by_another_accountant],
+    )
 
     def examine(fn: Any) -> Verdict:
         verdict = first.examine(fn)
@@ -392,135 +438,250 @@ EXERCISES = [
     coding(
         "4.1",
         hint="An epoch is ⌈n / batch_size⌉ steps (`math.ceil`). Opacus' loader, and `train`, use one over that "
-             "number as the sampling rate. `epsilon(...)` wants the steps of the whole run.",
+        "number as the sampling rate. `epsilon(...)` wants the steps of the whole run.",
         reference=price,
         inputs=calls(*_RUNS),
         wrong=[
-            Wrong(delta_from_batches, "you used δ = 1 / (number of batches). δ is about records, not batches: at "
-                                      "such a δ, even a mechanism that publishes a whole record now and then would "
-                                      "pass. Use target_delta."),
-            Wrong(delta_from_records, "you used δ = 1/n. A mechanism that publishes one random record outright has "
-                                      "exactly that δ, and ε = 0. Use target_delta, which has to be well below 1/n."),
-            Wrong(delta_left_out, "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5, "
-                                  "and the number that you report belongs to another δ."),
-            Wrong(epochs_as_steps, "you counted one step for each epoch. The noise is added once a *step*, and an "
-                                   "epoch has ⌈n / batch_size⌉ of them: your ε is far too small."),
-            Wrong(records_as_steps, "you counted one step for each *record* of an epoch. A step takes a whole batch: "
-                                    "an epoch has ⌈n / batch_size⌉ steps."),
-            Wrong(no_sampling, "you charged every step as if it used all the records (sample_rate = 1). A record is "
-                               "in a batch only with probability q, and this chance to be left out makes the step "
-                               "much cheaper."),
-            Wrong(one_record_sampled, "your sample_rate is 1/n: the rate of a batch of one record. q is the "
-                                      "probability that a record is in the batch: one over the number of steps in an "
-                                      "epoch."),
-            Wrong(epochs_added_up, "you multiplied the ε of one epoch by the number of epochs. That bounds the "
-                                   "run very loosely, and at a larger δ. The accountant composes all the steps "
-                                   "together: give it the steps of the whole run."),
-            Wrong(steps_added_up, "you multiplied the ε of one step by the number of steps. That bounds the run so "
-                                  "loosely that it is useless: give the accountant the number of steps instead."),
-            Wrong(last_batch_dropped, "you rounded the steps of an epoch down (n // batch_size). The loader rounds "
-                                      "up: the last, smaller batch is a step too, and it costs."),
-            Wrong(exact_share, "almost: your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
-                               "batch_size⌉, which differs where batch_size does not divide n. Charge the rate that "
-                               "the loader really uses."),
-            Wrong(noise_divided_by_batch, "you divided σ by the batch size. The noise multiplier belongs to the "
-                                          "*sum* of the clipped gradients; dividing the noisy sum afterwards costs "
-                                          "no privacy and saves none."),
-            Wrong(rounded_to_the_nearest, "you rounded the steps of an epoch to the nearest whole number. Where the "
-                                          "last batch is less than half full, its step is missing. The loader rounds "
-                                          "up: ⌈n / batch_size⌉."),
-            Wrong(always_one_step_more, "n // batch_size + 1 is one step too many where batch_size divides n. Round "
-                                        "up: ⌈n / batch_size⌉."),
-            Wrong(run_rounded_once, "you rounded once for the whole run. *Every* epoch ends with a smaller batch, so "
-                                    "each has ⌈n / batch_size⌉ steps: round up first, then multiply by the epochs."),
-            Wrong(the_formula_of_many_scripts, "q = batch_size / n and epochs · n / batch_size steps: many scripts "
-                                               "have it so, but no loader runs it. It rounds up to ⌈n / batch_size⌉ "
-                                               "steps an epoch, and samples with one over that number."),
-            Wrong(share_and_last_batch_dropped, "two roundings: n // batch_size leaves out the last, smaller batch "
-                                                "of each epoch, and batch_size / n is not the rate of the loader. "
-                                                "Both come from ⌈n / batch_size⌉."),
-            Wrong(rate_of_a_batch, "your sample_rate is 1 / batch_size. A large batch would then be a small rate, "
-                                   "but the larger the batch, the more often a record is in it: one over the number "
-                                   "of *batches*."),
-            Wrong(rate_of_the_run, "your sample_rate is one over the steps of the whole run. A record is expected "
-                                   "once an *epoch*, not once a run: one over the number of steps in an epoch."),
-            Wrong(one_epoch_only, "this is the price of one epoch. All of them read the same records: multiply the "
-                                  "steps by epochs."),
+            Wrong(
+                delta_from_batches,
+                "you used δ = 1 / (number of batches). δ is about records, not batches: at "
+                "such a δ, even a mechanism that publishes a whole record now and then would "
+                "pass. Use target_delta.",
+            ),
+            Wrong(
+                delta_from_records,
+                "you used δ = 1/n. A mechanism that publishes one random record outright has "
+                "exactly that δ, and ε = 0. Use target_delta, which has to be well below 1/n.",
+            ),
+            Wrong(
+                delta_left_out,
+                "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5, "
+                "and the number that you report belongs to another δ.",
+            ),
+            Wrong(
+                epochs_as_steps,
+                "you counted one step for each epoch. The noise is added once a *step*, and an "
+                "epoch has ⌈n / batch_size⌉ of them: your ε is far too small.",
+            ),
+            Wrong(
+                records_as_steps,
+                "you counted one step for each *record* of an epoch. A step takes a whole batch: "
+                "an epoch has ⌈n / batch_size⌉ steps.",
+            ),
+            Wrong(
+                no_sampling,
+                "you charged every step as if it used all the records (sample_rate = 1). A record is "
+                "in a batch only with probability q, and this chance to be left out makes the step "
+                "much cheaper.",
+            ),
+            Wrong(
+                one_record_sampled,
+                "your sample_rate is 1/n: the rate of a batch of one record. q is the "
+                "probability that a record is in the batch: one over the number of steps in an "
+                "epoch.",
+            ),
+            Wrong(
+                epochs_added_up,
+                "you multiplied the ε of one epoch by the number of epochs. That bounds the "
+                "run very loosely, and at a larger δ. The accountant composes all the steps "
+                "together: give it the steps of the whole run.",
+            ),
+            Wrong(
+                steps_added_up,
+                "you multiplied the ε of one step by the number of steps. That bounds the run so "
+                "loosely that it is useless: give the accountant the number of steps instead.",
+            ),
+            Wrong(
+                last_batch_dropped,
+                "you rounded the steps of an epoch down (n // batch_size). The loader rounds "
+                "up: the last, smaller batch is a step too, and it costs.",
+            ),
+            Wrong(
+                exact_share,
+                "almost: your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
+                "batch_size⌉, which differs where batch_size does not divide n. Charge the rate that "
+                "the loader really uses.",
+            ),
+            Wrong(
+                noise_divided_by_batch,
+                "you divided σ by the batch size. The noise multiplier belongs to the "
+                "*sum* of the clipped gradients; dividing the noisy sum afterwards costs "
+                "no privacy and saves none.",
+            ),
+            Wrong(
+                rounded_to_the_nearest,
+                "you rounded the steps of an epoch to the nearest whole number. Where the "
+                "last batch is less than half full, its step is missing. The loader rounds "
+                "up: ⌈n / batch_size⌉.",
+            ),
+            Wrong(
+                always_one_step_more,
+                "n // batch_size + 1 is one step too many where batch_size divides n. Round up: ⌈n / batch_size⌉.",
+            ),
+            Wrong(
+                run_rounded_once,
+                "you rounded once for the whole run. *Every* epoch ends with a smaller batch, so "
+                "each has ⌈n / batch_size⌉ steps: round up first, then multiply by the epochs.",
+            ),
+            Wrong(
+                the_formula_of_many_scripts,
+                "q = batch_size / n and epochs · n / batch_size steps: many scripts "
+                "have it so, but no loader runs it. It rounds up to ⌈n / batch_size⌉ "
+                "steps an epoch, and samples with one over that number.",
+            ),
+            Wrong(
+                share_and_last_batch_dropped,
+                "two roundings: n // batch_size leaves out the last, smaller batch "
+                "of each epoch, and batch_size / n is not the rate of the loader. "
+                "Both come from ⌈n / batch_size⌉.",
+            ),
+            Wrong(
+                rate_of_a_batch,
+                "your sample_rate is 1 / batch_size. A large batch would then be a small rate, "
+                "but the larger the batch, the more often a record is in it: one over the number "
+                "of *batches*.",
+            ),
+            Wrong(
+                rate_of_the_run,
+                "your sample_rate is one over the steps of the whole run. A record is expected "
+                "once an *epoch*, not once a run: one over the number of steps in an epoch.",
+            ),
+            Wrong(
+                one_epoch_only,
+                "this is the price of one epoch. All of them read the same records: multiply the steps by epochs.",
+            ),
             Wrong(noise_upside_down, "you passed 1/σ. `noise_multiplier` is σ itself: more noise, smaller ε."),
-            Wrong(noise_squared, "you passed σ². `noise_multiplier` is the standard deviation over C, not the "
-                                 "variance."),
-            Wrong(other_accountant, "right count, other accountant: these are PRV's values. Pass accountant=\"rdp\" "
-                                    "here, so that everyone gets the same number at once."),
-            Wrong(accountant_that_is_no_bound, "right count, but these are GDP's values: no bound, and often far too "
-                                               "small. Pass accountant=\"rdp\"."),
-            Wrong(accountant_of_2017, "right count, but with the conversion of 2017, which says more than the run "
-                                      "costs. Pass accountant=\"rdp\"."),
+            Wrong(
+                noise_squared, "you passed σ². `noise_multiplier` is the standard deviation over C, not the variance."
+            ),
+            Wrong(
+                other_accountant,
+                'right count, other accountant: these are PRV\'s values. Pass accountant="rdp" '
+                "here, so that everyone gets the same number at once.",
+            ),
+            Wrong(
+                accountant_that_is_no_bound,
+                'right count, but these are GDP\'s values: no bound, and often far too small. Pass accountant="rdp".',
+            ),
+            Wrong(
+                accountant_of_2017,
+                "right count, but with the conversion of 2017, which says more than the run "
+                'costs. Pass accountant="rdp".',
+            ),
         ],
         praise="steps of the whole run, the loader's sampling rate, and the δ that was asked for: nothing else sets "
-               "the price.",
+        "the price.",
     ),
     _in_two_parts(
         coding(
             "4.2",
-            hint="Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by \"rdp\"; take it "
-                 "if that is at most the budget. `epsilon` answers at once.",
+            hint='Begin with zero epochs. Ask what one more epoch would bring the *whole* run to, by "rdp"; take it '
+            "if that is at most the budget. `epsilon` answers at once.",
             reference=epochs_within,
             inputs=calls(*_SMALL_BUDGETS),
             wrong=[
-                Wrong(budget_divided, "you divided the budget by the price of one epoch. The first epoch is the "
-                                      "dearest, ε grows more slowly than the number of epochs: you leave most of the "
-                                      "budget unspent."),
-                Wrong(budget_divided_and_squared, "you took ε to grow with the square root of the epochs. That is a "
-                                                  "good rule of thumb for one accountant in its middle range, not a "
-                                                  "guarantee: ask the accountant."),
-                Wrong(first_epoch_beyond, "one too many: this epoch brings the run *over* the budget. Stop before "
-                                          "it. A budget that is passed can't be paid back."),
-                Wrong(always_one_epoch, "where the budget does not pay for a single epoch, the answer is 0. You "
-                                        "train at least one epoch anyway, and so exceed the budget."),
-                Wrong(whole_data_each_step, "you charged every step as if it used all the records (sample_rate = 1), "
-                                            "so almost nothing is affordable. Sampling makes a step much cheaper: q "
-                                            "= 1 / ⌈n / batch_size⌉."),
-                Wrong(steps_instead_of_epochs, "this is the number of *steps* that the budget pays for: you charged "
-                                               "one step for each epoch. An epoch has ⌈n / batch_size⌉ steps, and "
-                                               "each of them costs."),
-                Wrong(budget_at_another_delta, "your answer does not change with target_delta. Without it, `epsilon` "
-                                               "takes δ = 1e-5: at a smaller δ the same steps cost more ε."),
-                Wrong(budget_by_another_accountant, "right search, other accountant: PRV's ε is smaller, so it pays "
-                                                    "for more epochs. Pass accountant=\"rdp\" here: it answers at "
-                                                    "once, and everyone gets the same number."),
+                Wrong(
+                    budget_divided,
+                    "you divided the budget by the price of one epoch. The first epoch is the "
+                    "dearest, ε grows more slowly than the number of epochs: you leave most of the "
+                    "budget unspent.",
+                ),
+                Wrong(
+                    budget_divided_and_squared,
+                    "you took ε to grow with the square root of the epochs. That is a "
+                    "good rule of thumb for one accountant in its middle range, not a "
+                    "guarantee: ask the accountant.",
+                ),
+                Wrong(
+                    first_epoch_beyond,
+                    "one too many: this epoch brings the run *over* the budget. Stop before "
+                    "it. A budget that is passed can't be paid back.",
+                ),
+                Wrong(
+                    always_one_epoch,
+                    "where the budget does not pay for a single epoch, the answer is 0. You "
+                    "train at least one epoch anyway, and so exceed the budget.",
+                ),
+                Wrong(
+                    whole_data_each_step,
+                    "you charged every step as if it used all the records (sample_rate = 1), "
+                    "so almost nothing is affordable. Sampling makes a step much cheaper: q "
+                    "= 1 / ⌈n / batch_size⌉.",
+                ),
+                Wrong(
+                    steps_instead_of_epochs,
+                    "this is the number of *steps* that the budget pays for: you charged "
+                    "one step for each epoch. An epoch has ⌈n / batch_size⌉ steps, and "
+                    "each of them costs.",
+                ),
+                Wrong(
+                    budget_at_another_delta,
+                    "your answer does not change with target_delta. Without it, `epsilon` "
+                    "takes δ = 1e-5: at a smaller δ the same steps cost more ε.",
+                ),
+                Wrong(
+                    budget_by_another_accountant,
+                    "right search, other accountant: PRV's ε is smaller, so it pays "
+                    'for more epochs. Pass accountant="rdp" here: it answers at '
+                    "once, and everyone gets the same number.",
+                ),
                 Wrong(one_epoch_too_few, "one too few: the run with one more epoch is still within the budget."),
-                Wrong(epochs_of_exact_shares, "your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
-                                              "batch_size⌉: charge the rate that the loader really uses."),
-                Wrong(epochs_rounded_down, "you rounded the steps of an epoch down. The loader rounds up: the last, "
-                                           "smaller batch is a step too."),
-                Wrong(epochs_rounded_to_the_nearest, "you rounded the steps of an epoch to the nearest whole number. "
-                                                     "Where the last batch is less than half full, its step is "
-                                                     "missing: round up."),
-                Wrong(budget_at_delta_of_records, "you used δ = 1/n. A mechanism that publishes one random record "
-                                                  "outright has exactly that δ. Use target_delta."),
-                Wrong(budget_by_no_bound, "right search, but by GDP: it is no bound, and pays for epochs that you "
-                                          "can't afford. Pass accountant=\"rdp\"."),
-                Wrong(budget_by_the_accountant_of_2017, "right search, but with the conversion of 2017, which says "
-                                                        "more than the run costs: you leave a part of the budget "
-                                                        "unspent. Pass accountant=\"rdp\"."),
+                Wrong(
+                    epochs_of_exact_shares,
+                    "your q is batch_size / n. `train` and Opacus sample with q = 1 / ⌈n / "
+                    "batch_size⌉: charge the rate that the loader really uses.",
+                ),
+                Wrong(
+                    epochs_rounded_down,
+                    "you rounded the steps of an epoch down. The loader rounds up: the last, "
+                    "smaller batch is a step too.",
+                ),
+                Wrong(
+                    epochs_rounded_to_the_nearest,
+                    "you rounded the steps of an epoch to the nearest whole number. "
+                    "Where the last batch is less than half full, its step is "
+                    "missing: round up.",
+                ),
+                Wrong(
+                    budget_at_delta_of_records,
+                    "you used δ = 1/n. A mechanism that publishes one random record "
+                    "outright has exactly that δ. Use target_delta.",
+                ),
+                Wrong(
+                    budget_by_no_bound,
+                    "right search, but by GDP: it is no bound, and pays for epochs that you "
+                    'can\'t afford. Pass accountant="rdp".',
+                ),
+                Wrong(
+                    budget_by_the_accountant_of_2017,
+                    "right search, but with the conversion of 2017, which says "
+                    "more than the run costs: you leave a part of the budget "
+                    'unspent. Pass accountant="rdp".',
+                ),
             ],
             praise="the last epoch that still fits. Decide it before training: stopping because the loss looks good "
-                   "is a look at private data.",
+            "is a look at private data.",
         ),
         _LARGE_BUDGETS,
         [
-            Wrong(strictly_below, "a run that costs *exactly* the budget is still within it: ε <= budget, not ε < "
-                                  "budget."),
-            *(Wrong(_ends_at(last), f"your search ends at {last} epochs, however large the budget. "
-                                    "Search until one more would be too much.")
-              for last in (9, 10, 19, 20, 49, 50, 99, 100, 199, 200)),
+            Wrong(
+                strictly_below, "a run that costs *exactly* the budget is still within it: ε <= budget, not ε < budget."
+            ),
+            *(
+                Wrong(
+                    _ends_at(last),
+                    f"your search ends at {last} epochs, however large the budget. "
+                    "Search until one more would be too much.",
+                )
+                for last in (9, 10, 19, 20, 49, 50, 99, 100, 199, 200)
+            ),
         ],
     ),
     Exercise(
         "4.3",
         hint="GDP replaces the privacy loss of the whole run by a bell curve. That is wrong where few steps matter, "
-             "each with little noise: try a noise multiplier of 1 or below, and a sampling rate of 0.01 or below. "
-             "`compare(0.7, 0.01, 500)` is a place to start.",
+        "each with little noise: try a noise multiplier of 1 or below, and a sampling rate of 0.01 or below. "
+        "`compare(0.7, 0.01, 500)` is a place to start.",
         reference=(0.5, 0.001, 1000),
         examine=_examine_gdp,
         wrong=(
@@ -533,26 +694,35 @@ EXERCISES = [
             Wrong(0.5, _NOT_THREE),
         ),
         solution="For example `answer_4_3 = (0.5, 0.001, 1000)`. A record is expected in one single batch of the "
-                 "thousand, but there the noise is only half the clipping norm.",
+        "thousand, but there the noise is only half the clipping norm.",
     ),
     choose(
         "4.4",
         hint="ε is a promise to one person. In how many of the two data sets is that person's record?",
         answer="b",
         wrong=[
-            Wrong("a", "you added the two. Budgets add up where the *same* records are used twice. Here nobody is in "
-                       "both data sets: each person's record was used in one run only, and the other run can say "
-                       "nothing about it."),
-            Wrong("c", "you averaged. An average promises alice's patients something that no run has given them: "
-                       "each of them is protected by alice's ε, and by nothing else. (Some tools average metrics by "
-                       "default.)"),
-            Wrong("d", "averaging the two models reads no record again. Whatever is computed from private outputs "
-                       "alone costs nothing: this is called post-processing."),
+            Wrong(
+                "a",
+                "you added the two. Budgets add up where the *same* records are used twice. Here nobody is in "
+                "both data sets: each person's record was used in one run only, and the other run can say "
+                "nothing about it.",
+            ),
+            Wrong(
+                "c",
+                "you averaged. An average promises alice's patients something that no run has given them: "
+                "each of them is protected by alice's ε, and by nothing else. (Some tools average metrics by "
+                "default.)",
+            ),
+            Wrong(
+                "d",
+                "averaging the two models reads no record again. Whatever is computed from private outputs "
+                "alone costs nothing: this is called post-processing.",
+            ),
         ],
         praise="alice's run protects alice's patients with ε = 3, bob's run protects bob's. Disjoint records: the ε "
-               "of a person is that of the one run that this person is in (parallel composition). Were somebody in "
-               "both, it would be up to 6.",
+        "of a person is that of the one run that this person is in (parallel composition). Were somebody in "
+        "both, it would be up to 6.",
         solution="**b**. Nobody is in both data sets, so each person pays for one run only: ε = 3. With different "
-                 "budgets, the ε for \"a person, whoever it is\" is the larger of the two.",
+        'budgets, the ε for "a person, whoever it is" is the larger of the two.',
     ),
 ]

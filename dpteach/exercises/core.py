@@ -1,8 +1,8 @@
 """What an exercise is, and how an answer is examined.
 
-A coding exercise knows its reference answer and the wrong answers that learners give, each with the misconception behind
-it. The learner's function is run on the same inputs as all of these: where it behaves like a known wrong answer, the
-verdict says which misconception that is. No verdict shows the reference answer, or what it returns.
+A coding exercise knows its reference answer and the wrong answers that learners give, each with the misconception
+behind it. The learner's function is run on the same inputs as all of these: where it behaves like a known wrong answer,
+the verdict says which misconception that is. No verdict shows the reference answer, or what it returns.
 """
 
 import copy
@@ -141,8 +141,10 @@ def coding(
             complaint = str(error)
         if any(unattempted(value) for value in mine):
             return not_attempted()
-        problems = (_difference(value, known(reference, k), rtol, atol, dtype, traits, f"input {k + 1}")
-                    for k, value in enumerate(mine))
+        problems = (
+            _difference(value, known(reference, k), rtol, atol, dtype, traits, f"input {k + 1}")
+            for k, value in enumerate(mine)
+        )
         problem = next(filter(None, problems), None)
         if complaint and not problem:
             return Verdict(False, complaint)
@@ -157,13 +159,21 @@ def coding(
 
 
 def value(
-    id: str, *, hint: str, answer: float, wrong: Sequence[Wrong], praise: str, solution: str,
-    rtol: float = 0.01, atol: float = 0.0, share: bool = False,
+    id: str,
+    *,
+    hint: str,
+    answer: float,
+    wrong: Sequence[Wrong],
+    praise: str,
+    solution: str,
+    rtol: float = 0.01,
+    atol: float = 0.0,
+    share: bool = False,
 ) -> Exercise:
     """An exercise whose answer is a number. ``Wrong.answer`` is a number too.
 
-    ``share``: the answer lies between 0 and 1. Then "8.3 %" is right, 8.3 is told that it is in percent, and two decimals
-    are enough.
+    ``share``: the answer lies between 0 and 1. Then "8.3 %" is right, 8.3 is told that it is in percent, and two
+    decimals are enough.
     """
 
     def close(given: float, other: float) -> bool:
@@ -202,7 +212,11 @@ def choose(id: str, *, hint: str, answer: str, wrong: Sequence[Wrong], praise: s
     letters = sorted([answer, *(other.answer for other in wrong)])
 
     def examine(given: Any) -> Verdict:
-        read = re.fullmatch(r"[\W_]*([^\W\d_])(?:\s*[^\w\s,/&|+].*|\s*)", given, re.DOTALL) if isinstance(given, str) else None
+        read = (
+            re.fullmatch(r"[\W_]*([^\W\d_])(?:\s*[^\w\s,/&|+].*|\s*)", given, re.DOTALL)
+            if isinstance(given, str)
+            else None
+        )
         letter = read.group(1).lower() if read else None
         if letter == answer:
             return Verdict(True, praise)
@@ -289,8 +303,8 @@ class _Examination:
     A thread can be left behind. So the caller waits no longer than the limit, whatever the learner's function does, and
     can be interrupted; and this is one way for all systems and for all threads of a kernel, where a signal would reach
     the main thread only, and not on Windows. A function that is late is ended by an exception that is thrown into its
-    thread; one that catches that too, or sleeps, is left. (Nothing but another process could end a single call of C that
-    keeps the interpreter's lock, as ``10**10**9`` does.)
+    thread; one that catches that too, or sleeps, is left. (Nothing but another process could end a single call of C
+    that keeps the interpreter's lock, as ``10**10**9`` does.)
     """
 
     THREAD = "dpteach-check"
@@ -414,7 +428,9 @@ def _called_with(args: tuple) -> str:
         return f"a {type(x).__name__}" if isinstance(x, torch.Generator) else reprlib.repr(x)
 
     plain = (torch.Tensor, torch.Generator, numbers.Real, str)
-    told = all(isinstance(x, plain) or isinstance(x, (list, tuple)) and all(isinstance(y, plain[2:]) for y in x) for x in args)
+    told = all(
+        isinstance(x, plain) or isinstance(x, (list, tuple)) and all(isinstance(y, plain[2:]) for y in x) for x in args
+    )
     return f" It was called with {', '.join(map(short, args))}." if args and told else ""
 
 
@@ -430,7 +446,8 @@ def _known_random_numbers() -> Iterator[None]:
     """
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace of each call for each kind of device
+        # torch.manual_seed keeps a stack trace of each call for each kind of device
+        torch.default_generator.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
         yield
@@ -440,8 +457,15 @@ def _known_random_numbers() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _difference(mine: Any, right: Any, rtol: float, atol: float, dtype: tuple[torch.dtype, str] | None = None,
-                traits: Mapping[str, str] | None = None, where: str = "") -> str | None:
+def _difference(
+    mine: Any,
+    right: Any,
+    rtol: float,
+    atol: float,
+    dtype: tuple[torch.dtype, str] | None = None,
+    traits: Mapping[str, str] | None = None,
+    where: str = "",
+) -> str | None:
     """None where they are equal; else a sentence about what is not, without what is right."""
 
     def unlike(a: Any, b: Any, where: str) -> str | None:
@@ -461,16 +485,25 @@ def _difference(mine: Any, right: Any, rtol: float, atol: float, dtype: tuple[to
                 return None
             if a_.isnan().any() and not b_.isnan().any():
                 return f"the values are not right: on {where} there is a NaN."
-            coarse = f" {a.dtype} may be too coarse: stay in {b.dtype}." if a.dtype in (torch.float16, torch.bfloat16) else ""
+            coarse = (
+                f" {a.dtype} may be too coarse: stay in {b.dtype}."
+                if a.dtype in (torch.float16, torch.bfloat16)
+                else ""
+            )
             return f"the values are not right: on {where} the largest difference is {(a_ - b_).abs().max().item():.3g}.{coarse}"
         if _is_number(b):
             number = None if isinstance(a, str) or getattr(a, "shape", ()) != () else as_number(a)
             if number is None:
                 return f"your function must return a number, got {_kind(a)}."
-            if number == b or math.isclose(number, b, rel_tol=rtol, abs_tol=atol) or (math.isnan(number) and math.isnan(b)):
+            if (
+                number == b
+                or math.isclose(number, b, rel_tol=rtol, abs_tol=atol)
+                or (math.isnan(number) and math.isnan(b))
+            ):
                 return None
             return f"on {where} your answer is {number:.4g}: " + (
-                "not a number." if math.isnan(number) else f"too {'high' if number > b else 'low'}.")
+                "not a number." if math.isnan(number) else f"too {'high' if number > b else 'low'}."
+            )
         if isinstance(b, dict):
             if not isinstance(a, dict):
                 return f"your function must return a dict, got {_kind(a)}."
@@ -485,7 +518,9 @@ def _difference(mine: Any, right: Any, rtol: float, atol: float, dtype: tuple[to
                 return f"your function must return {_kind(b)}, got {_kind(a)}."
             if len(a) != len(b):
                 return f"on {where} your function must return {len(b)} values, got {len(a)}."
-            return next(filter(None, (unlike(x, y, f"{where}, value {k},") for k, (x, y) in enumerate(zip(a, b), 1))), None)
+            return next(
+                filter(None, (unlike(x, y, f"{where}, value {k},") for k, (x, y) in enumerate(zip(a, b), 1))), None
+            )
         if isinstance(a, (np.generic, np.ndarray, torch.Tensor)) and a.shape == ():
             a = a.item()
         if type(a) is not type(b):

@@ -89,8 +89,9 @@ def _flat_state(fn: Any, args: tuple) -> Any:
     given = list(weights)
     result = fn(*args)
     if list(weights) != given:
-        raise Complaint("your function changes the list of weights. Make a new one: shares = [w / total for w in "
-                        "weights].")
+        raise Complaint(
+            "your function changes the list of weights. Make a new one: shares = [w / total for w in weights]."
+        )
     if isinstance(result, nn.Module):
         result = result.state_dict()
     if unattempted(result):
@@ -106,7 +107,9 @@ def _flat_state(fn: Any, args: tuple) -> Any:
             raise Complaint("your function changes the workers' models. Make new tensors instead.")
     for name in names:
         if result[name].shape != before[0][name].shape:
-            raise Complaint(f"{name} must have the shape {tuple(before[0][name].shape)}, got {tuple(result[name].shape)}.")
+            raise Complaint(
+                f"{name} must have the shape {tuple(before[0][name].shape)}, got {tuple(result[name].shape)}."
+            )
     return torch.cat([result[name].flatten() for name in names])
 
 
@@ -124,7 +127,13 @@ SIGMA, BATCH, ROUNDS, DELTA = 1.2, 128, 5, 1e-5
 def price_of(n: int) -> float:
     """ε of 5 rounds of one local epoch for a worker with ``n`` records (σ = 1.2, batch 128, δ = 1e-5), by RDP."""
     per_round = math.ceil(n / BATCH)
-    return epsilon(noise_multiplier=SIGMA, sample_rate=1 / per_round, steps=ROUNDS * per_round, target_delta=DELTA, accountant="rdp")
+    return epsilon(
+        noise_multiplier=SIGMA,
+        sample_rate=1 / per_round,
+        steps=ROUNDS * per_round,
+        target_delta=DELTA,
+        accountant="rdp",
+    )
 
 
 _NO_COUNT = f"the answer must be a whole number of records, from {BATCH} (the batch size) to a billion."
@@ -232,8 +241,10 @@ def _charges_a_copy(ledger, train_one_round, rounds, noise_multiplier, sample_ra
 
 def _forgets_the_earlier_run(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
     private_rounds(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps)
-    return [epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=k * steps, accountant="rdp")
-            for k in range(1, rounds + 1)]
+    return [
+        epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=k * steps, accountant="rdp")
+        for k in range(1, rounds + 1)
+    ]
 
 
 def _by_the_default(ledger, train_one_round, rounds, noise_multiplier, sample_rate, steps):
@@ -264,7 +275,9 @@ def _linear(ledger, train_one_round, rounds, noise_multiplier, sample_rate, step
     for k in range(1, rounds + 1):
         ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
         train_one_round()
-        path.append(k * epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, accountant="rdp"))
+        path.append(
+            k * epsilon(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, accountant="rdp")
+        )
     return path
 
 
@@ -282,7 +295,7 @@ def _one_step_a_round(ledger, train_one_round, rounds, noise_multiplier, sample_
 
 
 _NOT_RDP = (
-    "pass accountant=\"rdp\" when you ask the ledger. Another accountant has other numbers, and PRV, the "
+    'pass accountant="rdp" when you ask the ledger. Another accountant has other numbers, and PRV, the '
     "default, takes its time."
 )
 
@@ -333,12 +346,18 @@ def _rounds_and_what_stays(fn: Any, args: tuple) -> Any:
     if None in path:
         raise Complaint("your function must return a list of numbers: ε after each round.")
     if len(at_the_start) != rounds:
-        raise Complaint(f"train_one_round must run once in each of the {rounds} rounds, it ran {len(at_the_start)} times.")
+        raise Complaint(
+            f"train_one_round must run once in each of the {rounds} rounds, it ran {len(at_the_start)} times."
+        )
     stopped, after_the_error, _ = run(stops=True)
     if stopped is not _Crash:
         raise Complaint("your function hides an error of train_one_round. Let it through: the caller must know.")
-    return {"path": path, "ledger": _totals(ledger), "at the start": at_the_start,
-            "after an error": float(after_the_error.steps)}
+    return {
+        "path": path,
+        "ledger": _totals(ledger),
+        "at the start": at_the_start,
+        "after an error": float(after_the_error.steps),
+    }
 
 
 def _totals(ledger: Ledger) -> list[float]:
@@ -367,7 +386,7 @@ EXERCISES = [
     coding(
         "6.1",
         hint="`model.state_dict()` gives a model's tensors by name. For each name: multiply each worker's tensor by "
-             "its share of all the weights, and add. The shares must sum to 1.",
+        "its share of all the weights, and add. The shares must sum to 1.",
         reference=average,
         inputs=[
             lambda: (_models(1, 2, 3, 2), [3.0, 1.0]),
@@ -377,128 +396,208 @@ EXERCISES = [
         ],
         observe=_flat_state,
         wrong=[
-            Wrong(_plain_mean, "every worker counts the same. That is right for workers of one size; here the "
-                               "weights say that one has more records, and its model should count for more."),
-            Wrong(_weighted_sum, "you multiply by the weights but never divide by their sum. With 30,000 records a "
-                                 "worker, the average would be tens of thousands of times too large."),
-            Wrong(_divided_by_the_number, "you divide the weighted sum by the number of workers. Divide by the sum "
-                                          "of the *weights*: the shares must sum to 1."),
-            Wrong(_sum_of_all, "this is the sum of the models, not their mean: with two equal models the result must "
-                               "be that model."),
-            Wrong(_weights_the_wrong_way_round, "the weights work the wrong way round: the worker with the most "
-                                                "records counts least."),
+            Wrong(
+                _plain_mean,
+                "every worker counts the same. That is right for workers of one size; here the "
+                "weights say that one has more records, and its model should count for more.",
+            ),
+            Wrong(
+                _weighted_sum,
+                "you multiply by the weights but never divide by their sum. With 30,000 records a "
+                "worker, the average would be tens of thousands of times too large.",
+            ),
+            Wrong(
+                _divided_by_the_number,
+                "you divide the weighted sum by the number of workers. Divide by the sum "
+                "of the *weights*: the shares must sum to 1.",
+            ),
+            Wrong(
+                _sum_of_all,
+                "this is the sum of the models, not their mean: with two equal models the result must be that model.",
+            ),
+            Wrong(
+                _weights_the_wrong_way_round,
+                "the weights work the wrong way round: the worker with the most records counts least.",
+            ),
             Wrong(_first_model_only, "this is the first worker's model. The others trained for nothing."),
             Wrong(_two_models_only, "the third worker is left out. Go over all the models, however many there are."),
-            Wrong(_softmax_of_weights, "you put the weights through a softmax. With 10 records more, a worker would "
-                                       "count e^10 times as much: divide by the sum of the weights."),
-            Wrong(_divided_twice, "you divide twice, by the sum of the weights and by the number of workers. The "
-                                  "shares sum to 1 already."),
-            Wrong(_running_mean, "you average pair by pair: the last worker gets a half, the first ones next to "
-                                 "nothing. Go over all the models with their own shares."),
-            Wrong(_whole_shares, "`//` cuts the shares to whole numbers: all of them are 0, or 1 for a single "
-                                 "worker. Use `/`."),
-            Wrong(_largest_worker, "this is the model of the worker with the largest weight. The others trained for "
-                                   "nothing."),
+            Wrong(
+                _softmax_of_weights,
+                "you put the weights through a softmax. With 10 records more, a worker would "
+                "count e^10 times as much: divide by the sum of the weights.",
+            ),
+            Wrong(
+                _divided_twice,
+                "you divide twice, by the sum of the weights and by the number of workers. The "
+                "shares sum to 1 already.",
+            ),
+            Wrong(
+                _running_mean,
+                "you average pair by pair: the last worker gets a half, the first ones next to "
+                "nothing. Go over all the models with their own shares.",
+            ),
+            Wrong(
+                _whole_shares,
+                "`//` cuts the shares to whole numbers: all of them are 0, or 1 for a single worker. Use `/`.",
+            ),
+            Wrong(
+                _largest_worker,
+                "this is the model of the worker with the largest weight. The others trained for nothing.",
+            ),
             Wrong(_weights_squared, "the weights enter twice. Multiply by weight / (sum of weights), once."),
         ],
         praise="each worker counts by its share, and the shares sum to 1. Whatever the weights are, the average reads "
-               "no private record: it costs no ε.",
+        "no private record: it costs no ε.",
     ),
     Exercise(
         "6.2",
         hint="Bob's rate is q = 1 / ⌈n / 128⌉. Try `price_of(30_000)`, then smaller numbers.",
         reference=300,
         examine=_examine_small_worker,
-        wrong=(
-            Wrong(100, _AT_LEAST),
-            Wrong(30_000, _HUGE),
-            Wrong(3000, _TOO_CHEAP),
-            Wrong("few", _NO_COUNT),
-        ),
+        wrong=(Wrong(100, _AT_LEAST), Wrong(30_000, _HUGE), Wrong(3000, _TOO_CHEAP), Wrong("few", _NO_COUNT)),
         solution="`answer_6_2 = 300`: three batches, q = 1/3, and ε is 7.63. Every n from 128 to 896 (seven batches) "
-                 "does it.",
+        "does it.",
     ),
     coding(
         "6.3",
         hint="Two lines are at fault. Which ledger still knows the earlier run, and the rounds before? And what does "
-             "the ledger say if the power fails inside of `train_one_round`?",
+        "the ledger say if the power fails inside of `train_one_round`?",
         reference=private_rounds,
-        inputs=[lambda: (4, 1.2, 0.1, 10), lambda: (3, 0.9, 0.02, 50), lambda: (1, 2.0, 0.05, 1),
-                lambda: _rounds(1), lambda: _rounds(2)],
+        inputs=[
+            lambda: (4, 1.2, 0.1, 10),
+            lambda: (3, 0.9, 0.02, 50),
+            lambda: (1, 2.0, 0.05, 1),
+            lambda: _rounds(1),
+            lambda: _rounds(2),
+        ],
         observe=_rounds_and_what_stays,
         traits={
             "ledger": "the ledger that you were given does not hold what was trained: every round's steps, with its σ "
-                      "and its q, once.",
+            "and its q, once.",
             "at the start": "the ledger does not yet know of a round when its training begins, or knows of too much. "
-                            "Charge one round, then train it.",
+            "Charge one round, then train it.",
             "after an error": "after an error in train_one_round the ledger must hold all rounds that have begun, "
-                              "once.",
+            "once.",
         },
         wrong=[
-            Wrong(as_it_was_given, "each round has a new ledger of its own, so every round reports the ε of one "
-                                   "round: it never grows. Charge the ledger that you were given."),
-            Wrong(_one_new_ledger, "you start a new ledger. The one that you were given knows of an earlier run on "
-                                   "the same records: that run still counts."),
-            Wrong(_charge_after, "you charge after the training. If it stops half-way, the model has seen the "
-                                 "records and the ledger knows nothing of it. Charge first."),
-            Wrong(_charge_in_finally, "`finally` runs after an error, but not when the process is killed or the "
-                                      "power fails: then the model has seen the records, and the ledger knows "
-                                      "nothing of it. Charge before the training."),
+            Wrong(
+                as_it_was_given,
+                "each round has a new ledger of its own, so every round reports the ε of one "
+                "round: it never grows. Charge the ledger that you were given.",
+            ),
+            Wrong(
+                _one_new_ledger,
+                "you start a new ledger. The one that you were given knows of an earlier run on "
+                "the same records: that run still counts.",
+            ),
+            Wrong(
+                _charge_after,
+                "you charge after the training. If it stops half-way, the model has seen the "
+                "records and the ledger knows nothing of it. Charge first.",
+            ),
+            Wrong(
+                _charge_in_finally,
+                "`finally` runs after an error, but not when the process is killed or the "
+                "power fails: then the model has seen the records, and the ledger knows "
+                "nothing of it. Charge before the training.",
+            ),
             Wrong(_charges_before_and_after, "you charge each round twice, before and after. Before is enough."),
-            Wrong(_asks_before_the_charge, "you ask the ledger before the round is charged, so each number is that "
-                                           "of the round before. Charge, train, then ask."),
-            Wrong(_charges_a_copy, "you charge a copy. The ledger that you were given has not learnt of these "
-                                   "rounds, and the next run on these records will not know of them."),
-            Wrong(_forgets_the_earlier_run, "the ledger is right, but your numbers are these rounds' alone. An "
-                                            "earlier run on the same records still counts: ask the ledger."),
+            Wrong(
+                _asks_before_the_charge,
+                "you ask the ledger before the round is charged, so each number is that "
+                "of the round before. Charge, train, then ask.",
+            ),
+            Wrong(
+                _charges_a_copy,
+                "you charge a copy. The ledger that you were given has not learnt of these "
+                "rounds, and the next run on these records will not know of them.",
+            ),
+            Wrong(
+                _forgets_the_earlier_run,
+                "the ledger is right, but your numbers are these rounds' alone. An "
+                "earlier run on the same records still counts: ask the ledger.",
+            ),
             Wrong(_by_the_default, _NOT_RDP),
             Wrong(_only_the_last, "you return the last ε only. The list has one for each round."),
             Wrong(_charge_once, "you charge once, but every round trains. Each round must be paid for."),
-            Wrong(_charge_all_first, "you charge all the rounds before the first. The total is right, but what you "
-                                     "report after each round is too high, and a run that ends early has paid for "
-                                     "rounds that never ran. Charge round by round."),
-            Wrong(_linear, "you multiply one round's ε by the number of rounds, and forget the earlier run. Steps "
-                           "compose better than that: ask the ledger."),
-            Wrong(_all_rounds_every_time, "you charge all the steps so far in every round: earlier rounds are paid "
-                                          "for again and again."),
-            Wrong(_one_step_a_round, "you charge one step a round. The noise is added in each *step* of a local "
-                                     "epoch: charge `steps`."),
+            Wrong(
+                _charge_all_first,
+                "you charge all the rounds before the first. The total is right, but what you "
+                "report after each round is too high, and a run that ends early has paid for "
+                "rounds that never ran. Charge round by round.",
+            ),
+            Wrong(
+                _linear,
+                "you multiply one round's ε by the number of rounds, and forget the earlier run. Steps "
+                "compose better than that: ask the ledger.",
+            ),
+            Wrong(
+                _all_rounds_every_time,
+                "you charge all the steps so far in every round: earlier rounds are paid for again and again.",
+            ),
+            Wrong(
+                _one_step_a_round,
+                "you charge one step a round. The noise is added in each *step* of a local epoch: charge `steps`.",
+            ),
         ],
         praise="one ledger for one set of records, over rounds and runs, and it is charged before each round. After a "
-               "crash it says more than was used at the worst, never less.",
+        "crash it says more than was used at the worst, never less.",
     ),
     value(
         "6.4",
         hint="Odds are probability / (1 - probability). Before, they are 1 to 1. Whatever bob sees that comes out of "
-             "alice's private updates multiplies them by e^ε at most (notebook 04). Whose ε counts?",
+        "alice's private updates multiplies them by e^ε at most (notebook 04). Whose ε counts?",
         answer=round(_sure(ALICE), 4),
         share=True,
         wrong=[
             Wrong(0.5, "that would be ε = 0: bob learns nothing at all. Alice's promise is weaker."),
-            Wrong(1.0, "bob does get alice's model exactly, but that model is private: ε holds for whoever sees it, "
-                       "with whatever else they know."),
-            Wrong(round(_sure(BOB), 4), "this is bob's ε. It protects bob's records from alice. Alice's records are "
-                                        "protected by alice's ε."),
-            Wrong(round(_sure(ALICE + BOB), 4), "you added the two ε. Only alice's training has read alice's "
-                                                "records; bob's noise and bob's ε say nothing about them."),
-            Wrong(round(_sure((ALICE + BOB) / 2), 4), "you averaged the two ε. An average is nobody's promise: "
-                                                      "alice's records are protected by alice's ε."),
-            Wrong(round(math.exp(ALICE), 4), "e^ε multiplies the *odds*, it is not a probability. Odds of 2.72 to 1 "
-                                             "are a probability of 2.72 / 3.72."),
-            Wrong(round(math.exp(ALICE) / 2, 4), "e^ε multiplies the odds, not the probability: a probability above "
-                                                 "1 can't be right."),
-            Wrong(round(1 - _sure(ALICE), 4), "the odds the wrong way round: this is how sure he can be *at least*. "
-                                              "At most is one minus it."),
-            Wrong(round(math.tanh(ALICE / 2), 4), "this is how far the true and the false positive rate of an attack "
-                                                  "can lie apart. Bob's probability starts at 1/2: odds of 1 to 1, "
-                                                  "times e^ε."),
-            Wrong(round(1 - math.exp(-ALICE), 4), "this is not the posterior. Turn the prior into odds (1 to 1), "
-                                                  "multiply by e^ε, and turn the odds back into a probability."),
+            Wrong(
+                1.0,
+                "bob does get alice's model exactly, but that model is private: ε holds for whoever sees it, "
+                "with whatever else they know.",
+            ),
+            Wrong(
+                round(_sure(BOB), 4),
+                "this is bob's ε. It protects bob's records from alice. Alice's records are protected by alice's ε.",
+            ),
+            Wrong(
+                round(_sure(ALICE + BOB), 4),
+                "you added the two ε. Only alice's training has read alice's "
+                "records; bob's noise and bob's ε say nothing about them.",
+            ),
+            Wrong(
+                round(_sure((ALICE + BOB) / 2), 4),
+                "you averaged the two ε. An average is nobody's promise: alice's records are protected by alice's ε.",
+            ),
+            Wrong(
+                round(math.exp(ALICE), 4),
+                "e^ε multiplies the *odds*, it is not a probability. Odds of 2.72 to 1 "
+                "are a probability of 2.72 / 3.72.",
+            ),
+            Wrong(
+                round(math.exp(ALICE) / 2, 4),
+                "e^ε multiplies the odds, not the probability: a probability above 1 can't be right.",
+            ),
+            Wrong(
+                round(1 - _sure(ALICE), 4),
+                "the odds the wrong way round: this is how sure he can be *at least*. At most is one minus it.",
+            ),
+            Wrong(
+                round(math.tanh(ALICE / 2), 4),
+                "this is how far the true and the false positive rate of an attack "
+                "can lie apart. Bob's probability starts at 1/2: odds of 1 to 1, "
+                "times e^ε.",
+            ),
+            Wrong(
+                round(1 - math.exp(-ALICE), 4),
+                "this is not the posterior. Turn the prior into odds (1 to 1), "
+                "multiply by e^ε, and turn the odds back into a probability.",
+            ),
         ],
         praise="odds of 1 to 1 become at most e to 1, which is 73 % (and δ more). It does not matter that bob can "
-               "compute alice's model from the average: ε already assumes that he sees it.",
+        "compute alice's model from the average: ε already assumes that he sees it.",
         solution="**0.731**: e^1 / (1 + e^1). Bob subtracts his own model from the average and has alice's, so he "
-                 "sees all that alice sent. Her ε = 1 holds against exactly that. His own ε = 2 is about *his* "
-                 "records.",
+        "sees all that alice sent. Her ε = 1 holds against exactly that. His own ε = 2 is about *his* "
+        "records.",
     ),
 ]

@@ -79,8 +79,7 @@ def _running_total(replies):
 
 _LOSS = "the loss is computed from private records, without noise, and ε does not cover it. Report ε alone."
 _RECORDS = (
-    "the number of records is one of the client's secrets too, unless it was agreed to be public. Report ε "
-    "alone."
+    "the number of records is one of the client's secrets too, unless it was agreed to be public. Report ε alone."
 )
 _PAIRS = (
     "the right names with the right numbers. Return them as one dict, name to ε, so that a reader finds a client "
@@ -131,8 +130,13 @@ STEPS = 16  # a round of the notebook's nodes: 2,000 records, batches of 128
 
 def client_level_epsilon(noise_multiplier, clients, sampled, rounds, target_delta):
     """ε of one client: the server samples clients, clips each update, and adds noise to the sum, in each round."""
-    return dpteach.epsilon(noise_multiplier=noise_multiplier, sample_rate=sampled / clients, steps=rounds,
-                           target_delta=target_delta, accountant="rdp")
+    return dpteach.epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sampled / clients,
+        steps=rounds,
+        target_delta=target_delta,
+        accountant="rdp",
+    )
 
 
 def _nobody_is_left_out(noise_multiplier, clients, sampled, rounds, target_delta):
@@ -160,8 +164,13 @@ def _one_client_a_round(noise_multiplier, clients, sampled, rounds, target_delta
 
 
 def _by(accountant, noise_multiplier, clients, sampled, rounds, target_delta):
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=sampled / clients, steps=rounds,
-                   target_delta=target_delta, accountant=accountant)
+    return epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sampled / clients,
+        steps=rounds,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
 
 
 def _by_the_default(*args):
@@ -216,101 +225,179 @@ EXERCISES = [
         ],
         observe=_reported,
         wrong=[
-            Wrong(_weighted_mean, "this is the weighted mean, and it is what Flower does to every metric if you "
-                                  "don't say otherwise. It tells bob's patients a smaller ε than theirs. Keep one "
-                                  "for each client."),
-            Wrong(_plain_mean, "a mean of two promises is a promise to nobody: one of the two is always larger. Keep "
-                               "one for each client."),
-            Wrong(_total, "the clients have no record in common, so nobody's record has paid the sum. Keep one for "
-                          "each client."),
-            Wrong(_largest, "the largest is true for every person, and the best *single* number. But it hides what "
-                            "the others have left to spend. Keep one for each client."),
-            Wrong(_without_names, "numbers without names: the answers arrive in another order in each round. Return "
-                                  "a dict by name."),
-            Wrong(_mean_under_each_name, "the names are there, but each has the same mean. Give every client its own "
-                                         "ε."),
+            Wrong(
+                _weighted_mean,
+                "this is the weighted mean, and it is what Flower does to every metric if you "
+                "don't say otherwise. It tells bob's patients a smaller ε than theirs. Keep one "
+                "for each client.",
+            ),
+            Wrong(
+                _plain_mean,
+                "a mean of two promises is a promise to nobody: one of the two is always larger. Keep "
+                "one for each client.",
+            ),
+            Wrong(
+                _total,
+                "the clients have no record in common, so nobody's record has paid the sum. Keep one for each client.",
+            ),
+            Wrong(
+                _largest,
+                "the largest is true for every person, and the best *single* number. But it hides what "
+                "the others have left to spend. Keep one for each client.",
+            ),
+            Wrong(
+                _without_names,
+                "numbers without names: the answers arrive in another order in each round. Return a dict by name.",
+            ),
+            Wrong(
+                _mean_under_each_name, "the names are there, but each has the same mean. Give every client its own ε."
+            ),
             Wrong(_with_the_loss, _LOSS),
             Wrong(_records_instead, _RECORDS),
             Wrong(_pairs, _PAIRS),
-            Wrong(_rounded, "you round ε. Rounded down, it promises more than was kept: report it as it is, or round "
-                            "up."),
-            Wrong(_largest_under_each_name, "the names are there, but each has the largest ε of all. True, but it "
-                                            "hides what the others have left to spend. Give every client its own."),
+            Wrong(
+                _rounded, "you round ε. Rounded down, it promises more than was kept: report it as it is, or round up."
+            ),
+            Wrong(
+                _largest_under_each_name,
+                "the names are there, but each has the largest ε of all. True, but it "
+                "hides what the others have left to spend. Give every client its own.",
+            ),
             Wrong(_first_only, "only the first client is there. Go over all the replies, however many there are."),
-            Wrong(_names_of_the_notebook, "you write the names yourself. Other clients have other names: each reply "
-                                          "holds its own."),
-            Wrong(_running_total, "you add up ε from client to client. They have no record in common: give every "
-                                  "client its own."),
+            Wrong(
+                _names_of_the_notebook,
+                "you write the names yourself. Other clients have other names: each reply holds its own.",
+            ),
+            Wrong(
+                _running_total,
+                "you add up ε from client to client. They have no record in common: give every client its own.",
+            ),
         ],
         praise="one number a client, by name. Whoever wants one number for anybody can take the largest of them.",
     ),
     value(
         "7.2",
         hint="A record pays when it is read, not when the result arrives. In how many rounds were alice's records "
-             "read?",
+        "read?",
         answer=5 * STEPS,
         wrong=[
-            Wrong(4 * STEPS, "you left out the round that was killed. Its steps have read the records, and nobody "
-                             "can prove that nothing of it was sent. The ledger was charged before it began: it "
-                             "counts."),
-            Wrong(2 * STEPS, "this is what `Context.state` says after the restart: it has forgotten everything "
-                             "before. The records have not."),
+            Wrong(
+                4 * STEPS,
+                "you left out the round that was killed. Its steps have read the records, and nobody "
+                "can prove that nothing of it was sent. The ledger was charged before it began: it "
+                "counts.",
+            ),
+            Wrong(
+                2 * STEPS,
+                "this is what `Context.state` says after the restart: it has forgotten everything "
+                "before. The records have not.",
+            ),
             Wrong(3 * STEPS, "this is up to the crash. The two rounds after it read the same records again."),
             Wrong(STEPS, "this is one round. ε must cover all that read these records."),
-            Wrong(6 * STEPS, "you counted the killed round twice. Two finished, one killed, two more: each was "
-                             "charged once."),
+            Wrong(
+                6 * STEPS,
+                "you counted the killed round twice. Two finished, one killed, two more: each was charged once.",
+            ),
             Wrong(5, "these are rounds. ε counts *steps*: each round has 16."),
             Wrong(4, "these are rounds, and one is missing. ε counts *steps*: each round has 16."),
         ],
         praise="5 rounds of 16 steps: two before, the killed one, and two after. The ledger has counted all of them.",
         solution="**80**: 5 · 16. The killed round was charged before it began. It may have been used only in part, "
-                 "so this can be too much by a few steps. It can't be too little.",
+        "so this can be too much by a few steps. It can't be too little.",
     ),
     coding(
         "7.3",
-        hint="It is notebook 04's formula in other words. What is the \"record\" now, and what is one \"step\"? Use "
-             "`dpteach.epsilon(…, accountant=\"rdp\")`.",
+        hint='It is notebook 04\'s formula in other words. What is the "record" now, and what is one "step"? Use '
+        '`dpteach.epsilon(…, accountant="rdp")`.',
         reference=client_level_epsilon,
         inputs=calls(
-            (1.0, 1000, 20, 10, 1e-5), (0.8, 200, 50, 30, 1e-4), (3.0, 20, 20, 10, 1e-3), (2.0, 300, 1, 5, 1e-6),
-            *seeded(73, 2, lambda draw: (draw.uniform(0.7, 3), draw.randint(200, 2000), draw.randint(5, 150),
-                                         draw.randint(2, 60), 10 ** draw.uniform(-6, -3.3))),
+            (1.0, 1000, 20, 10, 1e-5),
+            (0.8, 200, 50, 30, 1e-4),
+            (3.0, 20, 20, 10, 1e-3),
+            (2.0, 300, 1, 5, 1e-6),
+            *seeded(
+                73,
+                2,
+                lambda draw: (
+                    draw.uniform(0.7, 3),
+                    draw.randint(200, 2000),
+                    draw.randint(5, 150),
+                    draw.randint(2, 60),
+                    10 ** draw.uniform(-6, -3.3),
+                ),
+            ),
         ),
         wrong=[
-            Wrong(_nobody_is_left_out, "with q = 1 every client would be in every round. The server draws some of "
-                                       "them: q = sampled / clients."),
+            Wrong(
+                _nobody_is_left_out,
+                "with q = 1 every client would be in every round. The server draws some of "
+                "them: q = sampled / clients.",
+            ),
             Wrong(_one_round, "this is the ε of one round. All rounds see the client again."),
-            Wrong(_rounds_times_one, "ε does not grow in proportion to the rounds. Give the number of rounds as "
-                                     "`steps`, and let the accountant compose them."),
-            Wrong(_a_step_for_each_client, "noise is added once a round, to the sum of all updates. One round is one "
-                                           "step."),
-            Wrong(_noise_of_the_mean, "you divided σ by the number of clients. σ is already the noise on the *sum*, "
-                                      "in units of the clipping norm. Dividing sum and noise together afterwards "
-                                      "changes nothing."),
-            Wrong(_by_the_default, "right count, other accountant: these are PRV's values. Pass accountant=\"rdp\", "
-                                   "so that everyone gets the same number."),
-            Wrong(_by_no_bound, "right count, but these are GDP's values: no bound, and often far too small. Pass "
-                                "accountant=\"rdp\"."),
-            Wrong(_by_the_accountant_of_2017, "right count, but with the conversion of 2017, which says more than "
-                                              "the run costs. Pass accountant=\"rdp\"."),
-            Wrong(_delta_of_clients, "you used δ = 1 / clients. A server that publishes one random client's update "
-                                     "outright has exactly that δ, and ε = 0. Use target_delta, which has to be well "
-                                     "below it."),
+            Wrong(
+                _rounds_times_one,
+                "ε does not grow in proportion to the rounds. Give the number of rounds as "
+                "`steps`, and let the accountant compose them.",
+            ),
+            Wrong(
+                _a_step_for_each_client,
+                "noise is added once a round, to the sum of all updates. One round is one step.",
+            ),
+            Wrong(
+                _noise_of_the_mean,
+                "you divided σ by the number of clients. σ is already the noise on the *sum*, "
+                "in units of the clipping norm. Dividing sum and noise together afterwards "
+                "changes nothing.",
+            ),
+            Wrong(
+                _by_the_default,
+                'right count, other accountant: these are PRV\'s values. Pass accountant="rdp", '
+                "so that everyone gets the same number.",
+            ),
+            Wrong(
+                _by_no_bound,
+                'right count, but these are GDP\'s values: no bound, and often far too small. Pass accountant="rdp".',
+            ),
+            Wrong(
+                _by_the_accountant_of_2017,
+                "right count, but with the conversion of 2017, which says more than "
+                'the run costs. Pass accountant="rdp".',
+            ),
+            Wrong(
+                _delta_of_clients,
+                "you used δ = 1 / clients. A server that publishes one random client's update "
+                "outright has exactly that δ, and ε = 0. Use target_delta, which has to be well "
+                "below it.",
+            ),
             Wrong(_delta_left_out, "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5."),
-            Wrong(_rate_of_the_sample, "your sample_rate is 1 / sampled: the more clients a round has, the smaller. "
-                                       "It is the other way round: q = sampled / clients."),
-            Wrong(_epochs_of_clients, "you counted clients / sampled steps for each round, as if a round were an "
-                                      "epoch. The server adds noise once a round: one round is one step."),
-            Wrong(_only_rounds_that_draw_you, "you counted only the rounds that a client is expected to be in, at q "
-                                              "= 1. Nobody knows which these are, and chance may choose a client "
-                                              "more often: all the rounds, at q = sampled / clients."),
-            Wrong(_noise_times_the_sample, "you multiplied σ by the number of clients. σ is already the noise on the "
-                                           "sum, in units of the clipping norm."),
+            Wrong(
+                _rate_of_the_sample,
+                "your sample_rate is 1 / sampled: the more clients a round has, the smaller. "
+                "It is the other way round: q = sampled / clients.",
+            ),
+            Wrong(
+                _epochs_of_clients,
+                "you counted clients / sampled steps for each round, as if a round were an "
+                "epoch. The server adds noise once a round: one round is one step.",
+            ),
+            Wrong(
+                _only_rounds_that_draw_you,
+                "you counted only the rounds that a client is expected to be in, at q "
+                "= 1. Nobody knows which these are, and chance may choose a client "
+                "more often: all the rounds, at q = sampled / clients.",
+            ),
+            Wrong(
+                _noise_times_the_sample,
+                "you multiplied σ by the number of clients. σ is already the noise on the "
+                "sum, in units of the clipping norm.",
+            ),
             Wrong(_noise_upside_down, "you passed 1/σ. `noise_multiplier` is σ itself: more noise, smaller ε."),
-            Wrong(_one_client_a_round, "q is the probability that *one certain* client takes part: sampled / "
-                                       "clients, not 1 / clients."),
+            Wrong(
+                _one_client_a_round,
+                "q is the probability that *one certain* client takes part: sampled / clients, not 1 / clients.",
+            ),
         ],
         praise="the same accountant: a client in the place of a record, a round in the place of a step. That is why "
-               "many clients, and few of them in each round, make client-level privacy cheap.",
+        "many clients, and few of them in each round, make client-level privacy cheap.",
     ),
 ]

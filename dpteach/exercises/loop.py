@@ -17,30 +17,39 @@ from dpteach.training import Settings, train
 
 where_it_learns = choose(
     "1.1",
-    hint="Stop after each line and compare the model's weights with the ones from before it. Which line changed "
-         "them?",
+    hint="Stop after each line and compare the model's weights with the ones from before it. Which line changed them?",
     answer="e",
     wrong=[
-        Wrong("a",
-              "line a decides in which batch your record comes. It looks at the number of records, not at what is in"
-              " them, and leaves the weights as they are."),
-        Wrong("b",
-              "line b reads your record into a batch. The record is now in the computer's memory, but nothing has "
-              "gone into the weights."),
-        Wrong("c",
-              "line c asks the model about your record. The loss depends on your record, but asking a model does not"
-              " change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)"),
-        Wrong("d",
-              "line d computes the gradient, and your record has a share in it. But it is stored beside the weights:"
-              " delete it before the next line, and the model never learns of you."),
-        Wrong("f",
-              "line f tells the loss to somebody outside. That says something about your record, and we come back to"
-              " it, but the model itself learns nothing from it."),
+        Wrong(
+            "a",
+            "line a decides in which batch your record comes. It looks at the number of records, not at what is in"
+            " them, and leaves the weights as they are.",
+        ),
+        Wrong(
+            "b",
+            "line b reads your record into a batch. The record is now in the computer's memory, but nothing has "
+            "gone into the weights.",
+        ),
+        Wrong(
+            "c",
+            "line c asks the model about your record. The loss depends on your record, but asking a model does not"
+            " change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)",
+        ),
+        Wrong(
+            "d",
+            "line d computes the gradient, and your record has a share in it. But it is stored beside the weights:"
+            " delete it before the next line, and the model never learns of you.",
+        ),
+        Wrong(
+            "f",
+            "line f tells the loss to somebody outside. That says something about your record, and we come back to"
+            " it, but the model itself learns nothing from it.",
+        ),
     ],
     praise="only the step changes the weights. Your record gets into the model through the gradient, once per epoch."
-           " A private loop must change what is handed to this line.",
+    " A private loop must change what is handed to this line.",
     solution="**e.** `optimizer.step()` is the only line that changes the weights. It subtracts the learning rate "
-             "times the mean of the records' gradients, and yours is one of them.",
+    "times the mean of the records' gradients, and yours is one of them.",
 )
 
 
@@ -146,7 +155,7 @@ def _what_it_does(fn, args):
     loudest = _loudness(model, data.X, data.y).max()
     if _loudness(model, x.unsqueeze(0), torch.tensor([y]))[0] >= LOUD * loudest:
         return "loud"
-    if ((data.X == x).all(dim=1) & (data.y == y)).any():
+    if ((x == data.X).all(dim=1) & (data.y == y)).any():
         return "a record of the data"
     with torch.no_grad():
         lead = membership_scores(model(x.unsqueeze(0)), torch.tensor([y])).item()
@@ -189,39 +198,54 @@ def _record(record):
 shout = coding(
     "1.2",
     hint="The gradient is large where the model is sure and wrong, and it grows with the coordinates of the record. "
-         "Try the four corners that are allowed. Which label does the model not expect there?",
+    "Try the four corners that are allowed. Which label does the model not expect there?",
     reference=loudest_record,
     inputs=[lambda: tuple(turned(*how) for how in TURNS)],
     observe=_on_every_model,
     wrong=[
-        Wrong(_far_and_expected,
-              "your record lies at the edge, but it has the label that the model expects there. Then the loss is "
-              "nearly 0, and the gradient too. Being extreme is not enough: the model must also be wrong about the "
-              "record."),
-        Wrong(_most_uncertain,
-              "you chose a record that the model is unsure about. There, the probability of its label is about one "
-              "half, so the error that goes into the gradient is one half as well. A label that the model is sure is"
-              " wrong gives twice that, and more at the edge of what is allowed."),
-        Wrong(_loudest_of_the_data,
-              "this record is in the data already, so it cannot be louder than all of them. You need not choose from"
-              " the data: the loop takes any record that a person hands in."),
-        Wrong(_wrong_label_in_the_middle,
-              "the model is wrong about your record, which is what you want. But the gradient of the first layer is "
-              "the error times the record's coordinates, and yours are too small. Go to the edge of what is allowed."),
-        Wrong(_ordinary,
-              "the model already gives this record its label, so there is little left to learn from it. Loud records"
-              " are those that the model is sure about, and wrong."),
-        Wrong(_learned_by_heart,
-              "your record is loud for the model of this notebook, but your function gets other models too. What is "
-              "loud for one is quiet for another: ask `model` inside your function."),
-        Wrong(_through_the_wall,
-              "both coordinates must be finite and lie between -2 and 2: other records are rejected before training."
-              " (Without such a check, the gradient has no limit at all.)"),
-        Wrong(_no_such_label,
-              "the label must be 0 or 1. The loss of any other label is an error, so the loop would stop."),
+        Wrong(
+            _far_and_expected,
+            "your record lies at the edge, but it has the label that the model expects there. Then the loss is "
+            "nearly 0, and the gradient too. Being extreme is not enough: the model must also be wrong about the "
+            "record.",
+        ),
+        Wrong(
+            _most_uncertain,
+            "you chose a record that the model is unsure about. There, the probability of its label is about one "
+            "half, so the error that goes into the gradient is one half as well. A label that the model is sure is"
+            " wrong gives twice that, and more at the edge of what is allowed.",
+        ),
+        Wrong(
+            _loudest_of_the_data,
+            "this record is in the data already, so it cannot be louder than all of them. You need not choose from"
+            " the data: the loop takes any record that a person hands in.",
+        ),
+        Wrong(
+            _wrong_label_in_the_middle,
+            "the model is wrong about your record, which is what you want. But the gradient of the first layer is "
+            "the error times the record's coordinates, and yours are too small. Go to the edge of what is allowed.",
+        ),
+        Wrong(
+            _ordinary,
+            "the model already gives this record its label, so there is little left to learn from it. Loud records"
+            " are those that the model is sure about, and wrong.",
+        ),
+        Wrong(
+            _learned_by_heart,
+            "your record is loud for the model of this notebook, but your function gets other models too. What is "
+            "loud for one is quiet for another: ask `model` inside your function.",
+        ),
+        Wrong(
+            _through_the_wall,
+            "both coordinates must be finite and lie between -2 and 2: other records are rejected before training."
+            " (Without such a check, the gradient has no limit at all.)",
+        ),
+        Wrong(
+            _no_such_label, "the label must be 0 or 1. The loss of any other label is an error, so the loop would stop."
+        ),
     ],
     praise="one record is louder than all 2,000 of the data, and it passes the check on its values. Nothing in the "
-           "loop limits what one record does to the update. Notebook 02 puts such a limit there.",
+    "loop limits what one record does to the update. Notebook 02 puts such a limit there.",
 )
 
 
@@ -314,57 +338,86 @@ def _one_record():
 score = coding(
     "1.3",
     hint="`logits.gather(1, labels.unsqueeze(1))` takes each record's own logit. For the best of the others, first "
-         "put minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a "
-         "changed copy.",
+    "put minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a "
+    "changed copy.",
     reference=membership_scores,
     inputs=[lambda: _logits(1.0), lambda: _logits(5.0), _sure, _below_zero, _one_record],
-    dtype=(torch.float64, "In float32, leads that differ a little become equal, and the attack can't order them: `logits.double()`."),
+    dtype=(
+        torch.float64,
+        "In float32, leads that differ a little become equal, and the attack can't order them: `logits.double()`.",
+    ),
     rtol=1e-9,
     atol=1e-9,
     wrong=[
-        Wrong(_loss,
-              "this is the loss. It is low for the records that the model has memorised, so it points the wrong way "
-              "round: the attack would call the members non-members."),
-        Wrong(_log_probability,
-              "minus the loss points the right way, but it ends at 0. For a lead of 40 and for a lead of 90 it is "
-              "exactly 0: the records that the model knows best all get one score, and the attack can't order them. "
-              "Stay with the logits."),
-        Wrong(_probability,
-              "the probability of the label ends at 1. For a lead of 40 and for a lead of 90 it is exactly 1: the "
-              "records that the model knows best all get one score. Stay with the logits, before the softmax."),
-        Wrong(_lead_of_the_prediction,
-              "you measure how sure the model is of its own prediction. It may be sure of another label than the "
-              "record's. The question is if the model has learned the label that this record came with."),
-        Wrong(_confidence,
-              "this is the probability of the label that the model predicts, and your function never looks at the "
-              "labels. A model that contradicts a record's label has not memorised that record."),
-        Wrong(_lead_over_the_mean,
-              "you subtract the mean of the other logits. One strong rival among nine weak ones then counts for "
-              "little. Compare the label with its best rival."),
-        Wrong(_lead_over_itself,
-              "your maximum includes the label itself. So every record that the model gets right scores exactly 0, "
-              "and the members, which are nearly all right, can't be ordered. Leave the label out first."),
-        Wrong(_own_logit_zero,
-              "you put 0 in the place of the record's own logit. Where all others are below 0, this 0 is the best rival, "
-              "and there is no such logit. Put minus infinity there: it never wins."),
-        Wrong(_subtracted_in_float32,
-              "you computed in float32, and made float64 of the result: the digits were lost before. Start from "
-              "`logits.double()`."),
-        Wrong(_lead_over_the_first_other,
-              "you compare with one certain other label. The best rival is another one for each record: take the "
-              "largest of all the others."),
-        Wrong(_logit_alone,
-              "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, "
-              "but changes your score. Compare the label with its best rival."),
-        Wrong(_turned_round,
-              "the sign is turned round: you subtract the label's logit from its best rival's. The attack would call"
-              " the members non-members."),
-        Wrong(_mean_of_all,
-              "you return one number for all records together. An attack asks about one person, so it needs one "
-              "score per record."),
+        Wrong(
+            _loss,
+            "this is the loss. It is low for the records that the model has memorised, so it points the wrong way "
+            "round: the attack would call the members non-members.",
+        ),
+        Wrong(
+            _log_probability,
+            "minus the loss points the right way, but it ends at 0. For a lead of 40 and for a lead of 90 it is "
+            "exactly 0: the records that the model knows best all get one score, and the attack can't order them. "
+            "Stay with the logits.",
+        ),
+        Wrong(
+            _probability,
+            "the probability of the label ends at 1. For a lead of 40 and for a lead of 90 it is exactly 1: the "
+            "records that the model knows best all get one score. Stay with the logits, before the softmax.",
+        ),
+        Wrong(
+            _lead_of_the_prediction,
+            "you measure how sure the model is of its own prediction. It may be sure of another label than the "
+            "record's. The question is if the model has learned the label that this record came with.",
+        ),
+        Wrong(
+            _confidence,
+            "this is the probability of the label that the model predicts, and your function never looks at the "
+            "labels. A model that contradicts a record's label has not memorised that record.",
+        ),
+        Wrong(
+            _lead_over_the_mean,
+            "you subtract the mean of the other logits. One strong rival among nine weak ones then counts for "
+            "little. Compare the label with its best rival.",
+        ),
+        Wrong(
+            _lead_over_itself,
+            "your maximum includes the label itself. So every record that the model gets right scores exactly 0, "
+            "and the members, which are nearly all right, can't be ordered. Leave the label out first.",
+        ),
+        Wrong(
+            _own_logit_zero,
+            "you put 0 in the place of the record's own logit. Where all others are below 0, this 0 is the best rival, "
+            "and there is no such logit. Put minus infinity there: it never wins.",
+        ),
+        Wrong(
+            _subtracted_in_float32,
+            "you computed in float32, and made float64 of the result: the digits were lost before. Start from "
+            "`logits.double()`.",
+        ),
+        Wrong(
+            _lead_over_the_first_other,
+            "you compare with one certain other label. The best rival is another one for each record: take the "
+            "largest of all the others.",
+        ),
+        Wrong(
+            _logit_alone,
+            "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, "
+            "but changes your score. Compare the label with its best rival.",
+        ),
+        Wrong(
+            _turned_round,
+            "the sign is turned round: you subtract the label's logit from its best rival's. The attack would call"
+            " the members non-members.",
+        ),
+        Wrong(
+            _mean_of_all,
+            "you return one number for all records together. An attack asks about one person, so it needs one "
+            "score per record.",
+        ),
     ],
     praise="one score per record: above 0 where the model says the given label, and higher the more sure it is, "
-           "without a ceiling.",
+    "without a ceiling.",
 )
 
 
@@ -373,30 +426,33 @@ score = coding(
 base_rate = value(
     "1.4",
     hint="Imagine 10,000 people. How many are members, and how many of these does the attack call members? How many "
-         "of the others?",
+    "of the others?",
     answer=0.9 * 0.01 / (0.9 * 0.01 + 0.1 * 0.99),
     share=True,
     wrong=[
-        Wrong(0.9,
-              "0.9 is the share of the members that the attack finds. The question goes the other way: of those that"
-              " it names, how many are members?"),
-        Wrong(0.1,
-              "0.1 is the share of the non-members that the attack names by mistake. How many people is that, when "
-              "99 of 100 are non-members?"),
-        Wrong(0.01,
-              "0.01 is the share of members before the attack has spoken. Its answer does tell you something."),
-        Wrong(0.009,
-              "0.009 is the share of all people that are members *and* are named. Divide it by the share of people "
-              "that are named."),
-        Wrong(0.108,
-              "0.108 is the share of all people that are named. Which part of these are members?"),
-        Wrong(0.099 / 0.108,
-              "this is the share of the named people that are *not* members. You want the others."),
+        Wrong(
+            0.9,
+            "0.9 is the share of the members that the attack finds. The question goes the other way: of those that"
+            " it names, how many are members?",
+        ),
+        Wrong(
+            0.1,
+            "0.1 is the share of the non-members that the attack names by mistake. How many people is that, when "
+            "99 of 100 are non-members?",
+        ),
+        Wrong(0.01, "0.01 is the share of members before the attack has spoken. Its answer does tell you something."),
+        Wrong(
+            0.009,
+            "0.009 is the share of all people that are members *and* are named. Divide it by the share of people "
+            "that are named.",
+        ),
+        Wrong(0.108, "0.108 is the share of all people that are named. Which part of these are members?"),
+        Wrong(0.099 / 0.108, "this is the share of the named people that are *not* members. You want the others."),
     ],
     praise="about 1 in 12. It was 1 in 100 before. The attack multiplied the odds by nine (0.9 / 0.1), and still "
-           "most of the people that it names are not members.",
+    "most of the people that it names are not members.",
     solution="Of 10,000 people 100 are members, and the attack names 90 of them. Of the 9,900 others it names 990. "
-             "So of the 1,080 people that it names, 90 are members: $90 / 1080 \\approx 0.083$.",
+    "So of the 1,080 people that it names, 90 are members: $90 / 1080 \\approx 0.083$.",
 )
 
 EXERCISES = [where_it_learns, shout, score, base_rate]

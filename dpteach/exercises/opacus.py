@@ -47,8 +47,11 @@ def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, e
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()  # one engine, before the first epoch
     model, optimizer, loader = engine.make_private(  # all three replace the old ones
-        module=model, optimizer=optimizer, data_loader=loader,
-        noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
     )
     for _ in range(epochs):
         for X, y in loader:
@@ -76,8 +79,11 @@ def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
     for _ in range(epochs):
         engine = PrivacyEngine()
         model, optimizer, private_loader = engine.make_private(
-            module=model, optimizer=optimizer, data_loader=train_loader,
-            noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+            module=model,
+            optimizer=optimizer,
+            data_loader=train_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
         )
         for X, y in train_loader:
             optimizer.zero_grad()
@@ -89,8 +95,13 @@ def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
 def old_loader(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, optimizer, _ = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                              noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, optimizer, _ = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)
@@ -100,8 +111,13 @@ def engine_by_epoch(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
     loader, optimizer = _parts(model, data, batch_size)
     for _ in range(epochs):
         engine = PrivacyEngine()
-        model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                       noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+        model, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            data_loader=loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+        )
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)
 
@@ -109,8 +125,13 @@ def engine_by_epoch(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
 def delta_of_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                   noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=1 / len(loader))
@@ -119,8 +140,13 @@ def delta_of_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm
 def old_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, _, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                           noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, _, loader = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)
@@ -129,8 +155,13 @@ def old_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, e
 def forgets_zero_grad(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                   noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
     for _ in range(epochs):
         for X, y in loader:
             F.cross_entropy(model(X), y).backward()
@@ -141,8 +172,13 @@ def forgets_zero_grad(PrivacyEngine, model, data, noise_multiplier, max_grad_nor
 def asks_too_early(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                                   noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
     _epoch(model, optimizer, loader)
     spent = engine.get_epsilon(delta=target_delta)
     for _ in range(epochs - 1):
@@ -154,8 +190,12 @@ def noise_times_norm(PrivacyEngine, model, data, noise_multiplier, max_grad_norm
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine()
     model, optimizer, loader = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader,
-        noise_multiplier=noise_multiplier * max_grad_norm, max_grad_norm=max_grad_norm)
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier * max_grad_norm,
+        max_grad_norm=max_grad_norm,
+    )
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
     return engine.get_epsilon(delta=target_delta)
@@ -165,20 +205,32 @@ def without_engine(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, 
     loader, optimizer = _parts(model, data, batch_size)
     for _ in range(epochs):
         _epoch(model, optimizer, loader)
-    return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / len(loader), steps=epochs * len(loader),
-                   target_delta=target_delta, accountant="rdp")
+    return epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=1 / len(loader),
+        steps=epochs * len(loader),
+        target_delta=target_delta,
+        accountant="rdp",
+    )
 
 
 def _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="prv", **others):
     loader, optimizer = _parts(model, data, batch_size)
     engine = PrivacyEngine(accountant=accountant)
-    return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader,
-                                        noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **others)
+    return engine, *engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        **others,
+    )
 
 
 def not_poisson(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size,
-                                poisson_sampling=False)
+    engine, *private = _private(
+        PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, poisson_sampling=False
+    )
     for _ in range(epochs):
         _epoch(*private)
     return engine.get_epsilon(delta=target_delta)
@@ -213,8 +265,9 @@ def norm_of_one(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epo
 
 
 def by_no_bound(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size,
-                                accountant="gdp")
+    engine, *private = _private(
+        PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="gdp"
+    )
     for _ in range(epochs):
         _epoch(*private)
     return engine.get_epsilon(delta=target_delta)
@@ -249,43 +302,43 @@ def rounds_the_answer(*args):
 
 _SENTENCES = {
     "no engine": "no make_private was called: the loop trains without clipping and without noise, whatever ε it "
-                 "returns.",
+    "returns.",
     "old optimizer": "you step the optimizer that you had before make_private. It neither clips nor adds noise, and "
-                     "the engine counts none of its steps. Step the one that make_private returned.",
+    "the engine counts none of its steps. Step the one that make_private returned.",
     "other optimizer": "something moves the weights beside the private steps: a new optimizer, or your own update. It "
-                       "neither clips nor adds noise, and the engine counts none of it. Step the optimizer that "
-                       "make_private returned, and nothing else.",
+    "neither clips nor adds noise, and the engine counts none of it. Step the optimizer that "
+    "make_private returned, and nothing else.",
     "not Poisson": "with poisson_sampling=False the loader shuffles and takes every record once. The ε that is "
-                   "printed is for Poisson batches: it does not hold for yours. Leave the argument out.",
+    "printed is for Poisson batches: it does not hold for yours. Leave the argument out.",
     "old loader": "you train on the loader that you had before make_private. Its batches are not Poisson batches, so "
-                  "the ε that is printed does not hold. Loop over the one that make_private returned.",
+    "the ε that is printed does not hold. Loop over the one that make_private returned.",
     "old criterion": "ghost clipping happens in the criterion that make_private returned. With another one, nothing "
-                     "is clipped.",
+    "is clipped.",
     "batch size": "your loader has not the batch_size of your function: it samples at another rate, at another price.",
     "many engines": "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch "
-                    "only. Make one engine before the loop, and call make_private once.",
+    "only. Make one engine before the loop, and call make_private once.",
     "no zero_grad": "you do not clear the gradients between two steps. What an older batch left behind would count "
-                    "again: Opacus refuses to step. Call optimizer.zero_grad() in each step.",
+    "again: Opacus refuses to step. Call optimizer.zero_grad() in each step.",
     "no gradient": "you step without gradients: zero_grad() has cleared them before step(), or backward() is missing. "
-                   "The order is zero_grad, backward, step.",
+    "The order is zero_grad, backward, step.",
     "noise": "make_private got another noise_multiplier than your function. The noise multiplier is σ alone: "
-             "Opacus multiplies it by C itself.",
+    "Opacus multiplies it by C itself.",
     "norm": "make_private got another max_grad_norm than your function.",
     "skips empty": "you skip the batches without records. A step that takes nobody must add its noise too: else "
-                   "whoever counts the steps sees that the batch was empty, and the engine has counted a step too few.",
+    "whoever counts the steps sees that the batch was empty, and the engine has counted a step too few.",
     "steps": "your function does not train for all of its epochs: the number of private steps is not epochs times the "
-             "number of batches.",
+    "number of batches.",
     "delta": "you ask for ε at another δ than target_delta. One over the number of *batches* is far above one over "
-             "the number of records; at such a δ, ε looks small and promises little.",
+    "the number of records; at such a δ, ε looks small and promises little.",
     "delta of records": "you ask for ε at δ = 1/n. A mechanism that publishes one random record outright has exactly "
-                        "that δ. Ask at target_delta.",
+    "that δ. Ask at target_delta.",
     "other delta": "you ask for ε at a δ of your own. A number that is told at one δ says nothing at another: ask at "
-                   "target_delta.",
+    "target_delta.",
     "early": "you ask for ε before the training is over. The steps that follow cost too: ask after the last one.",
     "no bound": "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine "
-                "use its default.",
+    "use its default.",
     "rounded": "you round ε. Rounded down, it promises more than was kept: return the number as it is, and round when "
-               "you print.",
+    "you print.",
     "other number": "the number that you return is not the ε of this training, whether by PRV or by RDP.",
 }
 
@@ -420,7 +473,7 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
         "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.made),
         "skips empty": skipped,
         "steps": not (skipped or old_optimizer or notes.others)
-                 and notes.steps != asked.epochs * len(first["data_loader"]),
+        and notes.steps != asked.epochs * len(first["data_loader"]),
     }
     return [name for name, there in faults.items() if there]
 
@@ -441,8 +494,11 @@ def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
     def close(other: float) -> bool:
         return math.isclose(number, other, rel_tol=1e-4)
 
-    told = [(names.get(delta, "other delta"), "early" if steps < notes.steps else None)
-            for delta, steps, spent in notes.asked if close(spent)]
+    told = [
+        (names.get(delta, "other delta"), "early" if steps < notes.steps else None)
+        for delta, steps, spent in notes.asked
+        if close(spent)
+    ]
     told = min(([fault for fault in faults if fault] for faults in told), key=len, default=None)
     gdp = any(engine.accountant.mechanism() == "gdp" for engine in notes.engines)
     if told is not None:
@@ -470,16 +526,18 @@ def _examine(fn):
             return not_attempted()
         if faults:
             return Verdict(False, _say(*faults))
-    return Verdict(True, "all three objects are the returned ones, one engine has counted every step, and ε is told "
-                         "at the δ that was asked for.")
+    return Verdict(
+        True,
+        "all three objects are the returned ones, one engine has counted every step, and ε is told "
+        "at the δ that was asked for.",
+    )
 
 
 # 5.3: the divisor tells how many records there are
 
 _NOT_TWO = "the answer must be a pair of whole numbers below a billion, (n, batch_size)."
 _TOO_SMALL = (
-    "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the "
-    "effect."
+    "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the effect."
 )
 _TOO_LARGE = "the batch can't be larger than the data: batch_size must be at most n."
 _NO_NEW_BATCH = (
@@ -510,8 +568,11 @@ def _examine_divisor(answer):
     if batch_size > n:
         return Verdict(False, _TOO_LARGE)
     if divisor(n + 1, batch_size) <= 0.55 * divisor(n, batch_size):
-        return Verdict(True, f"one record more, and the divisor goes from {divisor(n, batch_size)} to {divisor(n + 1, batch_size)}. "
-                             "The noise on the step doubles with it, so whoever looks at the steps learns that this record joined.")
+        return Verdict(
+            True,
+            f"one record more, and the divisor goes from {divisor(n, batch_size)} to {divisor(n + 1, batch_size)}. "
+            "The noise on the step doubles with it, so whoever looks at the steps learns that this record joined.",
+        )
     return Verdict(False, _NOT_HALF if n % batch_size == 0 else _NO_NEW_BATCH)
 
 
@@ -519,62 +580,96 @@ EXERCISES = [
     choose(
         "5.1",
         hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for "
-             "the model to matter?",
+        "the model to matter?",
         answer="c",
         wrong=[
-            Wrong("a", "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the "
-                       "big model has a norm of at most C per record, like that of the small one: one vector, "
-                       "however many numbers it has."),
-            Wrong("b", "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow "
-                       "with the number of weights. That costs accuracy. But your record still moves the vector by "
-                       "at most C, in one direction, and σ hides this move."),
-            Wrong("d", "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst "
-                       "case, over all models and all attacks: it does not look at the model, so it can't be lower "
-                       "for one of them."),
+            Wrong(
+                "a",
+                "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the "
+                "big model has a norm of at most C per record, like that of the small one: one vector, "
+                "however many numbers it has.",
+            ),
+            Wrong(
+                "b",
+                "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow "
+                "with the number of weights. That costs accuracy. But your record still moves the vector by "
+                "at most C, in one direction, and σ hides this move.",
+            ),
+            Wrong(
+                "d",
+                "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst "
+                "case, over all models and all attacks: it does not look at the model, so it can't be lower "
+                "for one of them.",
+            ),
         ],
         praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, "
-               "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, "
-               "and nothing else.",
+        "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, "
+        "and nothing else.",
         solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed "
-                 "from. The model decides how well the *same* ε lets you learn.",
+        "from. The model decides how well the *same* ε lets you learn.",
     ),
     value(
         "5.2",
         hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / "
-             "⌈n / batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
-             "`optimizer.noise_multiplier`.",
+        "⌈n / batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
+        "`optimizer.noise_multiplier`.",
         answer=0.997,
         wrong=[
-            Wrong(1.048, "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you "
-                         "need. PRV, PrivacyEngine's default, is content with less."),
+            Wrong(
+                1.048,
+                "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you "
+                "need. PRV, PrivacyEngine's default, is content with less.",
+            ),
             Wrong(0.671, "this σ is right for one epoch. The budget is for the whole run: 20 epochs of 79 steps."),
-            Wrong(0.617, "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and "
-                         "each of them costs."),
-            Wrong(0.721, "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to "
-                         "be enough. The task asks for δ = 1e-5."),
-            Wrong(0.449, "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability "
-                         "1 / 79 here."),
-            Wrong(0.946, "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. "
-                         "Take PRV, at δ = 1e-5."),
+            Wrong(
+                0.617,
+                "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and "
+                "each of them costs.",
+            ),
+            Wrong(
+                0.721,
+                "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to "
+                "be enough. The task asks for δ = 1e-5.",
+            ),
+            Wrong(
+                0.449,
+                "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability "
+                "1 / 79 here.",
+            ),
+            Wrong(
+                0.946,
+                "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. "
+                "Take PRV, at δ = 1e-5.",
+            ),
             Wrong(1.139, "this σ keeps the budget, but by RDP with the conversion of 2017: more noise than you need."),
-            Wrong(0.655, "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: "
-                         "one over the number of batches."),
-            Wrong(0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = "
-                         "1/79."),
-            Wrong(2.808, "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask "
-                         "for all 20 · 79 steps at once."),
+            Wrong(
+                0.655,
+                "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: "
+                "one over the number of batches.",
+            ),
+            Wrong(
+                0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = 1/79."
+            ),
+            Wrong(
+                2.808,
+                "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask "
+                "for all 20 · 79 steps at once.",
+            ),
             Wrong(11.202, "you counted a step for each record. A step takes a whole batch: an epoch has 79."),
-            Wrong(59.378, "you charged every step as if it used all the records (q = 1). Sampling makes a step much "
-                          "cheaper: q = 1/79."),
+            Wrong(
+                59.378,
+                "you charged every step as if it used all the records (q = 1). Sampling makes a step much "
+                "cheaper: q = 1/79.",
+            ),
         ],
         praise="σ is about 1.00: the talk's noise multiplier, at twice its epochs, costs ε = 3.",
         solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. "
-                 "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
+        "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
     ),
     Exercise(
         "5.3",
         hint="The number of batches is ⌈n / batch_size⌉. For which n does one record more add a batch? And where does "
-             "one batch more matter most: where there are many, or few?",
+        "one batch more matter most: where there are many, or few?",
         reference=(256, 256),
         examine=_examine_divisor,
         wrong=(
@@ -585,12 +680,12 @@ EXERCISES = [
             Wrong(256, _NOT_TWO),
         ),
         solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by "
-                 "128: the noise on each step is twice as long because one record joined. Any n = batch_size does it.",
+        "128: the noise on each step is twice as long because one record joined. Any n = batch_size does it.",
     ),
     Exercise(
         "5.4",
         hint="Three lines are at fault: one stands inside the loop and should stand before it, one uses an object "
-             "that was replaced, one asks at the wrong δ.",
+        "that was replaced, one asks at the wrong δ.",
         reference=train_private,
         examine=_examine,
         wrong=(

@@ -22,8 +22,12 @@ from dpteach.training import Settings
 _FRAME = 0.1  # seconds between two frames
 _ROLES = ("first worker", "second worker", "other worker")
 
-RANGES = {"noise_multiplier": Range(0.3, 10, log=True), "rounds": Range(1, 20, whole=True), "skew": Range(0, 0.99),
-          "share": Range(0.02, 0.98)}
+RANGES = {
+    "noise_multiplier": Range(0.3, 10, log=True),
+    "rounds": Range(1, 20, whole=True),
+    "skew": Range(0, 0.99),
+    "share": Range(0.02, 0.98),
+}
 
 
 @dataclass
@@ -43,21 +47,26 @@ class _Run:
     def price(self, worker: Worker, accountant: str) -> float:
         """ε of all rounds for one worker."""
         s = worker.settings
-        return epsilon(noise_multiplier=s.noise_multiplier, sample_rate=worker.sample_rate, target_delta=s.target_delta,
-                       steps=self.rounds * worker.steps_per_round, accountant=accountant)
+        return epsilon(
+            noise_multiplier=s.noise_multiplier,
+            sample_rate=worker.sample_rate,
+            target_delta=s.target_delta,
+            steps=self.rounds * worker.steps_per_round,
+            accountant=accountant,
+        )
 
 
 class FederatedExplorer(Trainer):
     """Train two or more private workers and average them, live; moving a slider starts again.
 
-    The sliders: the noise multiplier σ of each worker (one for all where there are more than three), the number of rounds,
-    the first worker's share of the records, how unlike the labels are, and whether the average is weighted.
+    The sliders: the noise multiplier σ of each worker (one for all where there are more than three), the number of
+    rounds, the first worker's share of the records, how unlike the labels are, and whether the average is weighted.
 
     Args:
         data: all records; they are dealt out to the workers, each record to one.
         make_model: ``make_model() -> nn.Module``, a new model each time: the common start.
-        settings: of every worker, but for its σ; ``epochs`` is the number of local epochs in a round. A worker with fewer
-            records than ``batch_size`` trains on all of them in each step.
+        settings: of every worker, but for its σ; ``epochs`` is the number of local epochs in a round. A worker with
+            fewer records than ``batch_size`` trains on all of them in each step.
         workers: their names; two or more.
         noise_multipliers: where the sliders of σ start, one a worker; ``settings.noise_multiplier`` if not given.
         rounds, skew, weights: where these controls start; see :func:`dpteach.data.split` and
@@ -65,7 +74,8 @@ class FederatedExplorer(Trainer):
         test_data: records for the accuracy of the average.
 
     Attributes:
-        controls: the widgets by name: ``noise_multiplier_alice`` and so on, ``rounds``, ``share``, ``skew``, ``weights``.
+        controls: the widgets by name: ``noise_multiplier_alice`` and so on, ``rounds``, ``share``, ``skew``,
+            ``weights``.
         status: the status line's text.
         workers: the :class:`~dpteach.federated.Worker` s of the current run, each with its ledger.
         rounds: the :class:`~dpteach.federated.Round` s that are done.
@@ -93,7 +103,9 @@ class FederatedExplorer(Trainer):
             raise ValueError(f"workers must be at least two different names, got {names!r}")
         sigmas = [settings.noise_multiplier] * len(names) if noise_multipliers is None else list(noise_multipliers)
         if len(sigmas) != len(names):
-            raise ValueError(f"noise_multipliers must hold one number for each of the {len(names)} workers, got {sigmas!r}")
+            raise ValueError(
+                f"noise_multipliers must hold one number for each of the {len(names)} workers, got {sigmas!r}"
+            )
         self._data, self._make_model, self._settings, self._names = data, make_model, settings, names
         self._test_data = test_data
         self._sigma_of = {name: f"noise_multiplier_{name}" if len(names) <= 3 else "noise_multiplier" for name in names}
@@ -103,16 +115,22 @@ class FederatedExplorer(Trainer):
         for name, sigma in zip(names, sigmas):
             if self._sigma_of[name] not in controls:
                 said = f"σ of {name}" if len(names) <= 3 else "σ of every worker"
-                controls[self._sigma_of[name]] = slider_for(self._sigma_of[name], sigma, RANGES["noise_multiplier"], said)
+                controls[self._sigma_of[name]] = slider_for(
+                    self._sigma_of[name], sigma, RANGES["noise_multiplier"], said
+                )
         controls["rounds"] = slider_for("rounds", rounds, RANGES["rounds"])
         controls["share"] = slider_for("share", 1 / len(names), RANGES["share"], f"{names[0]}'s share of records")
         controls["skew"] = slider_for("skew", skew, RANGES["skew"], "label skew")
         controls["weights"] = widgets.Dropdown(
-            options=[("weighted by records", "size"), ("all the same", "equal")], value=choice("weights", weights, WEIGHTS),
-            description="average", **control_style(),
+            options=[("weighted by records", "size"), ("all the same", "equal")],
+            value=choice("weights", weights, WEIGHTS),
+            description="average",
+            **control_style(),
         )
         self._price_line = widgets.HTML()
-        super().__init__(controls, lambda: [*controls.values(), self._start_and_stop(), self._price_line, self._picture])
+        super().__init__(
+            controls, lambda: [*controls.values(), self._start_and_stop(), self._price_line, self._picture]
+        )
         self.start()
 
     @property
@@ -147,14 +165,28 @@ class FederatedExplorer(Trainer):
     def _new_run(self, values: dict[str, Any]) -> _Run:
         first = values["share"]
         others = (1 - first) / (len(self._names) - 1)
-        parts = split(self._data, len(self._names), values["skew"], [first] + [others] * (len(self._names) - 1),
-                      seed=self._settings.seed or 0)
-        return _Run([
-            Worker(name, part, dataclasses.replace(
-                self._settings, noise_multiplier=values[self._sigma_of[name]],
-                batch_size=min(self._settings.batch_size, len(part)),
-            )) for name, part in zip(self._names, parts)
-        ], values["rounds"])
+        parts = split(
+            self._data,
+            len(self._names),
+            values["skew"],
+            [first] + [others] * (len(self._names) - 1),
+            seed=self._settings.seed or 0,
+        )
+        return _Run(
+            [
+                Worker(
+                    name,
+                    part,
+                    dataclasses.replace(
+                        self._settings,
+                        noise_multiplier=values[self._sigma_of[name]],
+                        batch_size=min(self._settings.batch_size, len(part)),
+                    ),
+                )
+                for name, part in zip(self._names, parts)
+            ],
+            values["rounds"],
+        )
 
     def _preview(self, values: dict[str, Any], generation: int) -> None:
         self._show_price(self._new_run(values), generation)
@@ -221,22 +253,49 @@ class FederatedExplorer(Trainer):
         def look(k: int) -> tuple[str, str, bool]:  # role, label, dashed
             return _ROLES[min(k, 2)], names[k] if k < 2 else "the others" if k == 2 else "", k % 2 == 1
 
-        losses = [Line(run.places[name], run.losses[name], *look(k)) for k, name in enumerate(names) if name in run.losses]
+        losses = [
+            Line(run.places[name], run.losses[name], *look(k)) for k, name in enumerate(names) if name in run.losses
+        ]
         told = "; ".join(f"{name} {loss:.1f}" for name, loss in (run.made[-1].losses.items() if run.made else ()))
-        panels = [Panel("Training loss", "round", "loss (batch mean)", losses,
-                        f"Loss by round: {told or 'no round is done'} in the last round.", x_range=width)]
+        panels = [
+            Panel(
+                "Training loss",
+                "round",
+                "loss (batch mean)",
+                losses,
+                f"Loss by round: {told or 'no round is done'} in the last round.",
+                x_range=width,
+            )
+        ]
 
         rounds = [0, *(made.round for made in run.made)]
-        spent = [Line(rounds, [0.0, *(made.epsilons[name] for made in run.made)], *look(k)) for k, name in enumerate(names)]
+        spent = [
+            Line(rounds, [0.0, *(made.epsilons[name] for made in run.made)], *look(k)) for k, name in enumerate(names)
+        ]
         told = "; ".join(f"{name} {value:.2f}" for name, value in (run.made[-1].epsilons.items() if run.made else ()))
         top = max((run.price(worker, "rdp") for worker in run.workers), default=1.0)
-        panels.append(Panel("Privacy budget spent", "round", "ε of each worker (RDP bound)", spent,
-                            f"ε by round and worker: {told or 'nothing yet'} after round {len(run.made)} of {run.rounds}.",
-                            x_range=width, y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1)))
+        panels.append(
+            Panel(
+                "Privacy budget spent",
+                "round",
+                "ε of each worker (RDP bound)",
+                spent,
+                f"ε by round and worker: {told or 'nothing yet'} after round {len(run.made)} of {run.rounds}.",
+                x_range=width,
+                y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1),
+            )
+        )
 
         reached = [made.accuracy for made in run.made]
-        panels.append(Panel("Accuracy of the average", "round", "share of test records right",
-                            [Line(rounds[1:], reached, "private", "federated")],
-                            f"Test accuracy of the average by round: {', '.join(f'{a:.0%}' for a in reached) or 'none yet'}.",
-                            x_range=width, y_range=(0, 1)))
+        panels.append(
+            Panel(
+                "Accuracy of the average",
+                "round",
+                "share of test records right",
+                [Line(rounds[1:], reached, "private", "federated")],
+                f"Test accuracy of the average by round: {', '.join(f'{a:.0%}' for a in reached) or 'none yet'}.",
+                x_range=width,
+                y_range=(0, 1),
+            )
+        )
         return panels

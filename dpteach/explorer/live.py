@@ -117,9 +117,15 @@ RANGES = {
 }
 
 _WORDS = {
-    "noise_multiplier": "noise multiplier σ", "max_grad_norm": "clipping norm C", "epochs": "epochs",
-    "lr": "learning rate", "batch_size": "batch size", "target_delta": "δ", "sample_rate": "sample rate q",
-    "steps": "steps", "prior": "prior",
+    "noise_multiplier": "noise multiplier σ",
+    "max_grad_norm": "clipping norm C",
+    "epochs": "epochs",
+    "lr": "learning rate",
+    "batch_size": "batch size",
+    "target_delta": "δ",
+    "sample_rate": "sample rate q",
+    "steps": "steps",
+    "prior": "prior",
 }
 
 
@@ -247,7 +253,9 @@ class Live:
         with self._changed:
             return self._changed.wait_for(lambda: self._generation != generation, seconds)
 
-    def _show(self, generation: int, *, picture: str | None = None, status: str | None = None, progress: bool = False) -> bool:
+    def _show(
+        self, generation: int, *, picture: str | None = None, status: str | None = None, progress: bool = False
+    ) -> bool:
         """Put a picture and a status on the page, if the generation is still the newest; else return False.
 
         ``progress``: the status is one of many in a row. A screen reader hears the first.
@@ -263,9 +271,9 @@ class Live:
 
     def _say(self, sentence: str, progress: bool = False) -> None:
         self._status = sentence
-        # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended. The
-        # line for the eye must not look like one that is read out, not even like one that is switched off: of two such lines
-        # with the same words the Orca screen reader takes the first, and says nothing.
+        # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended.
+        # The line for the eye must not look like one that is read out, not even like one that is switched off: of two
+        # such lines with the same words the Orca screen reader takes the first, and says nothing.
         self._status_line.value = f'<span class="dpteach-status">{escape(sentence)}</span>'
         if sentence and not (progress and self._in_progress):
             self._spoken.value = escape(sentence)
@@ -303,8 +311,9 @@ class Trainer(Live):
     _interval_before: float
 
     def _loop(self) -> None:
-        # A training step leaves the interpreter many times. Beside a busy cell it waits one switch interval for each return,
-        # and a picture that came ten times a second comes once a second. With a shorter one it comes six times a second.
+        # A training step leaves the interpreter many times. Beside a busy cell it waits one switch interval for each
+        # return, and a picture that came ten times a second comes once a second. With a shorter one it comes six times
+        # a second.
         with Trainer._turn:
             if Trainer._at_work == 0:
                 Trainer._interval_before = sys.getswitchinterval()
@@ -431,7 +440,8 @@ def diverged(model: nn.Module, data: Data) -> bool:
 
 def new_model(make_model: Callable[[], nn.Module], seed: int | None) -> nn.Module:
     """``make_model()``, the same each time, also where it draws from PyTorch's global generator (``models`` does not).
-    With ``seed`` None, a run that nobody is to repeat, it draws from that generator as it stands."""
+    With ``seed`` None, a run that nobody is to repeat, it draws from that generator as it stands.
+    """
     if seed is None:
         return make_model()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -462,8 +472,9 @@ def in_a_row(*parts: widgets.Widget) -> widgets.HBox:
 def folded(said: str, rows: list[widgets.Widget]) -> widgets.VBox:
     """Rows that a button shows and hides. A keyboard reaches it; it does not reach the head of an ``Accordion``."""
     inside = widgets.VBox(rows, layout=widgets.Layout(display="none"))
-    button = widgets.ToggleButton(description=said, icon="caret-right", tooltip="Show or hide these sliders",
-                                  layout=widgets.Layout(width="auto"))
+    button = widgets.ToggleButton(
+        description=said, icon="caret-right", tooltip="Show or hide these sliders", layout=widgets.Layout(width="auto")
+    )
 
     def turn(change):
         inside.layout.display = "flex" if change["new"] else "none"
@@ -485,10 +496,17 @@ def put_away(widget: widgets.Widget) -> None:
 
 def show_widget(box: widgets.Widget, words: str) -> None:
     # The view by hand, so that the saved text is one sentence and not the widget's whole inside.
-    display({
-        "application/vnd.jupyter.widget-view+json": {"model_id": box.model_id, "version_major": 2, "version_minor": 0},
-        "text/plain": f"{words}. Run this cell to use it; a still picture follows.",
-    }, raw=True)
+    display(
+        {
+            "application/vnd.jupyter.widget-view+json": {
+                "model_id": box.model_id,
+                "version_major": 2,
+                "version_minor": 0,
+            },
+            "text/plain": f"{words}. Run this cell to use it; a still picture follows.",
+        },
+        raw=True,
+    )
 
 
 def words(name: str) -> str:
@@ -497,7 +515,10 @@ def words(name: str) -> str:
 
 def control_style() -> dict[str, Any]:
     """How wide a control and its label are."""
-    return {"style": {"description_width": "150px"}, "layout": widgets.Layout(width="480px", max_width="calc(100% - 4px)")}
+    return {
+        "style": {"description_width": "150px"},
+        "layout": widgets.Layout(width="480px", max_width="calc(100% - 4px)"),
+    }
 
 
 def slider_for(name: str, value: float, limits: Range, said: str = "") -> widgets.Widget:

@@ -95,8 +95,13 @@ class Playground:
         scene, settings = self._scenes[self.menus["scene"].value], self._kept_settings()
         self._scene = scene
         self.explorer = Explorer(
-            scene.data, scene.make_model, settings, test_data=scene.test_data, method=self.menus["method"].value,
-            optimizer=self.menus["optimizer"].value, baseline_lr=scene.baseline_lr or scene.settings.lr,
+            scene.data,
+            scene.make_model,
+            settings,
+            test_data=scene.test_data,
+            method=self.menus["method"].value,
+            optimizer=self.menus["optimizer"].value,
+            baseline_lr=scene.baseline_lr or scene.settings.lr,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
         before, self._place.children = self._place.children, [self.explorer._box]
@@ -140,8 +145,22 @@ class Playground:
             f"<td>{p.accuracy_without_privacy:.1%}</td></tr>"
             for i, p in enumerate(self.pinned, start=1)
         )
-        heads = "".join(f"<th>{h}</th>" for h in ("run", "data and model", "method", "σ", "C", "epochs", "learning rate",
-                                                  "batch", "ε (PRV)", "accuracy", "without privacy"))
+        heads = "".join(
+            f"<th>{h}</th>"
+            for h in (
+                "run",
+                "data and model",
+                "method",
+                "σ",
+                "C",
+                "epochs",
+                "learning rate",
+                "batch",
+                "ε (PRV)",
+                "accuracy",
+                "without privacy",
+            )
+        )
         table = f'<table style="line-height:1.3;border-spacing:8px 2px"><tr>{heads}</tr>{rows}</table>'
         self._kept.value = f'{svg(self._panels())}<div style="overflow-x:auto">{table}</div>' if self.pinned else ""
 
@@ -160,9 +179,17 @@ class Playground:
             told += f"; without privacy {', '.join(f'{r:.0%}' for r in references)}"
         # Always up to 100 %, and not less than a tenth high: a difference of chance must not look like a result.
         lowest = min((min(p.accuracy, p.accuracy_without_privacy) for p in pins), default=0.9)
-        return [Panel(f"Pinned runs: {scene}", "ε of the whole run", "test accuracy", items,
-                      f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.", x_log=True,
-                      y_range=(math.floor(10 * (lowest - 0.02)) / 10, 1.01))]
+        return [
+            Panel(
+                f"Pinned runs: {scene}",
+                "ε of the whole run",
+                "test accuracy",
+                items,
+                f"Test accuracy of the pinned runs on {scene}, by ε. {told}." if told else "No run is pinned.",
+                x_log=True,
+                y_range=(math.floor(10 * (lowest - 0.02)) / 10, 1.01),
+            )
+        ]
 
     def still(self):
         """The pinned runs as a matplotlib figure, ε across and accuracy upward."""
@@ -174,5 +201,3 @@ class Playground:
 
     def _ipython_display_(self) -> None:
         show_widget(self._box, "Playground with a choice of data, method and optimizer, and a slider for every setting")
-
-

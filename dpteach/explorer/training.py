@@ -48,7 +48,9 @@ class Run:
     baseline_lr: float = 0.0
     model: nn.Module | None = None
     steps: list[Step] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)  # of the steps: a frame must not walk through thousands of records
+    losses: list[float] = field(
+        default_factory=list
+    )  # of the steps: a frame must not walk through thousands of records
     epsilons: list[float] = field(default_factory=list)
     baseline: list[Step] = field(default_factory=list)
     baseline_losses: list[float] = field(default_factory=list)
@@ -84,7 +86,8 @@ class Explorer(Trainer):
         baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
         baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
             Beside a baseline whose learning rate suits the private run only, privacy seems to help.
-        test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says so.
+        test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
+            so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
 
     Attributes:
@@ -124,25 +127,31 @@ class Explorer(Trainer):
         self._plane = data.X.ndim == 2 and data.X.shape[1] == 2
         self._run = Run(settings, math.inf)
         shown = data.take(min(200, len(data)))
-        self._records = [
-            Points(*shown.X[shown.y == label].T.cpu().numpy(), "data", f"class {label}", cross=bool(label)) for label in (0, 1)
-        ] if self._plane else []
+        self._records = (
+            [
+                Points(*shown.X[shown.y == label].T.cpu().numpy(), "data", f"class {label}", cross=bool(label))
+                for label in (0, 1)
+            ]
+            if self._plane
+            else []
+        )
 
         adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
         for name in sliders:
             choice("sliders", name, adjustable)
         rest = [name for name in ("lr", "batch_size") if name not in sliders]
         limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
-        controls = {
-            name: slider_for(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)
-        }
+        controls = {name: slider_for(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
         self._price_line = widgets.HTML()
 
         def rows():
             more = [folded("More: " + ", ".join(map(words, rest)), [controls[name] for name in rest])] if rest else []
             return [
-                *(controls[name] for name in sliders), *more,
-                self._start_and_stop(), self._price_line, self._picture,
+                *(controls[name] for name in sliders),
+                *more,
+                self._start_and_stop(),
+                self._price_line,
+                self._picture,
             ]
 
         super().__init__(controls, rows)
@@ -201,8 +210,11 @@ class Explorer(Trainer):
             return math.inf
         n = len(self._data)
         return epsilon(
-            noise_multiplier=settings.noise_multiplier, sample_rate=settings.sample_rate(n), accountant=accountant,
-            steps=settings.epochs * settings.steps_per_epoch(n), target_delta=settings.target_delta,
+            noise_multiplier=settings.noise_multiplier,
+            sample_rate=settings.sample_rate(n),
+            accountant=accountant,
+            steps=settings.epochs * settings.steps_per_epoch(n),
+            target_delta=settings.target_delta,
         )
 
     def _cost(self, run: Run) -> str:
@@ -246,7 +258,9 @@ class Explorer(Trainer):
                 if self._foretell(run, generation, left, step.steps):
                     self._show_price(run, generation)
                 if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
-                    run.ended = f"Diverged at step {step.step}: the loss is not a number any more. Try a lower learning rate."
+                    run.ended = (
+                        f"Diverged at step {step.step}: the loss is not a number any more. Try a lower learning rate."
+                    )
                     break
                 if generation != self._generation:
                     return
@@ -262,7 +276,9 @@ class Explorer(Trainer):
         if self._method != "sgd":
             priced = priced or self._price(generation, lambda: self._make_exact(run, generation))
             self._until(priced.is_set, generation)
-        self._show(generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self._reached(run)}.")
+        self._show(
+            generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self._reached(run)}."
+        )
 
     def _train(self, model: nn.Module, settings: Settings, method: str, optimizer: str) -> Iterator[Step]:
         with warnings.catch_warnings():
@@ -333,8 +349,11 @@ class Explorer(Trainer):
         items.append(curve_line(run.losses, own, "with privacy" if own == "private" else "loss"))
         total = run.steps[-1].steps if run.steps else 1
         s = run.settings
-        told = (f"Learning rate {figure(s.lr)}" if own == "non-private"
-                else f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}")
+        told = (
+            f"Learning rate {figure(s.lr)}"
+            if own == "non-private"
+            else f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}"
+        )
         alt = f"{told}, {s.epochs} epochs. Loss by step: {_late_loss(run.steps)} at the end"
         alt += f", {_late_loss(run.baseline)} without privacy." if run.baseline else "."
         return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, total))
@@ -343,12 +362,21 @@ class Explorer(Trainer):
         total = run.steps[-1].steps if run.steps else 1
         items = [curve_line(run.epsilons, "budget", "spent (RDP bound)")]
         top = run.price
-        if math.isfinite(top):  # by the curve's accountant: it would cross a tighter one's line, as if the run overspent
+        if math.isfinite(
+            top
+        ):  # by the curve's accountant: it would cross a tighter one's line, as if the run overspent
             items.append(Mark("budget", "whole run (RDP)", y=top))
         so_far = f"{run.steps[-1].epsilon:.2f}" if run.steps else "0"
         alt = f"ε by step: at most {so_far} after step {run.steps[-1].step if run.steps else 0} of {total}."
-        return Panel("Privacy budget spent", "step", "ε", items, alt, x_range=(0, total),
-                     y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1))
+        return Panel(
+            "Privacy budget spent",
+            "step",
+            "ε",
+            items,
+            alt,
+            x_range=(0, total),
+            y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1),
+        )
 
     def _boundary_panel(self, run: Run, own: str) -> Panel:
         items: list[Any] = [*self._records]
@@ -372,10 +400,19 @@ class Explorer(Trainer):
         items = [curve(run.baseline, "non-private", "without privacy", dashed=True)] if run.baseline else []
         items.append(curve(run.steps, own, "with privacy" if own == "private" else "accuracy"))
         accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
-        alt = f"{self._accuracy_of.capitalize()} by epoch" + (f": {accuracy:.0%} at the end" if accuracy is not None else "")
+        alt = f"{self._accuracy_of.capitalize()} by epoch" + (
+            f": {accuracy:.0%} at the end" if accuracy is not None else ""
+        )
         alt += f", {without:.0%} without privacy." if without is not None else "."
-        return Panel(self._accuracy_of.capitalize(), "epoch", "share right", items, alt,
-                     x_range=(0, max(run.settings.epochs, 2)), y_range=(0, 1))
+        return Panel(
+            self._accuracy_of.capitalize(),
+            "epoch",
+            "share right",
+            items,
+            alt,
+            x_range=(0, max(run.settings.epochs, 2)),
+            y_range=(0, 1),
+        )
 
 
 def curve_line(values: list[float], role: str, label: str, dashed: bool = False) -> Line:

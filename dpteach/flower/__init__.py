@@ -1,7 +1,7 @@
 """Federated averaging on Flower: the workers of :mod:`dpteach.federated`, each a process or a machine of its own.
 
-This folder is the Flower app (``flwr run dpteach/flower``): ``server_app``, ``client_app`` and their ``pyproject.toml``.
-:class:`Federation` starts it on one machine, with a process a node, and leaves nothing behind.
+This folder is the Flower app (``flwr run dpteach/flower``): ``server_app``, ``client_app`` and their
+``pyproject.toml``. :class:`Federation` starts it on one machine, with a process a node, and leaves nothing behind.
 
 Needs Flower 1.41 or newer, on Python 3.11 or newer; importing this package does not.
 """

@@ -1,7 +1,7 @@
 """The client of the Flower app: one private round on the records of one node, charged before it is trained.
 
-Every message starts a new process, so nothing in memory lasts. ``Context.state`` lasts as long as the SuperNode and the run;
-the ledger's file outlasts both.
+Every message starts a new process, so nothing in memory lasts. ``Context.state`` lasts as long as the SuperNode and the
+run; the ledger's file outlasts both.
 """
 
 import json
@@ -27,7 +27,9 @@ PRIVATE = ("dpsgd", "opacus")  # the methods that a run may choose from
 
 # What a node does with its records if its own --node-config doesn't say otherwise. A run can't change it.
 NODE = {"noise-multiplier": 1.3, "max-grad-norm": 1.0, "target-delta": 1e-5, "privacy": "sample"}
-ONLY_THE_NODES = {*NODE, "ledger", "ledgers", "max-epsilon", "data", "name", "partition-id", "num-partitions"} - {"privacy"}
+ONLY_THE_NODES = {*NODE, "ledger", "ledgers", "max-epsilon", "data", "name", "partition-id", "num-partitions"} - {
+    "privacy"
+}
 VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virtual nodes, which have none
 
 
@@ -54,8 +56,8 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
         The number of records is taken as public: the average is weighted by it.
 
     Raises:
-        ValueError: if the run asks for what only the node may decide, a setting is out of its range, or the ledger is gone,
-            damaged or not named.
+        ValueError: if the run asks for what only the node may decide, a setting is out of its range, or the ledger is
+            gone, damaged or not named.
         OSError: if the ledger can't be written, or the data file can't be read.
     """
     node, run = own_config(context), context.run_config
@@ -63,8 +65,12 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
     model = MODELS[choice("model", run["model"], MODELS)]()
     model.load_state_dict(arrays.to_torch_state_dict())
     settings = Settings(
-        noise_multiplier=node["noise-multiplier"], max_grad_norm=node["max-grad-norm"], target_delta=node["target-delta"],
-        epochs=run["local-epochs"], batch_size=run["batch-size"], lr=run["lr"],
+        noise_multiplier=node["noise-multiplier"],
+        max_grad_norm=node["max-grad-norm"],
+        target_delta=node["target-delta"],
+        epochs=run["local-epochs"],
+        batch_size=run["batch-size"],
+        lr=run["lr"],
         seed=None,  # from the operating system: whoever knows a seed can compute the noise and subtract it
     )
     # Without noise on the node, for the server to clip and add it, a ledger that the node names says so: ε is infinite.
@@ -75,12 +81,18 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
         pass
     metrics = {"num-examples": len(worker.data)}
     if method != "sgd":
-        metrics |= {"epsilon": worker.epsilon("rdp"), "steps": worker.ledger.steps,
-                    "epsilon-by-state": _by_state(context, worker)}
-    return RecordDict({
-        "arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics),
-        "who": ConfigRecord({"name": worker.name}),
-    })
+        metrics |= {
+            "epsilon": worker.epsilon("rdp"),
+            "steps": worker.ledger.steps,
+            "epsilon-by-state": _by_state(context, worker),
+        }
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord(metrics),
+            "who": ConfigRecord({"name": worker.name}),
+        }
+    )
 
 
 def own_config(context: Context) -> dict:
@@ -96,10 +108,16 @@ def check_request(node: dict, run: dict) -> None:
         ValueError: names the key, its value, and who may set it.
     """
     if theirs := sorted(ONLY_THE_NODES & run.keys()):
-        raise ValueError(f"{theirs[0]} must not be in a run's config, got {run[theirs[0]]!r}: only a node's own --node-config may set it")
+        raise ValueError(
+            f"{theirs[0]} must not be in a run's config, got {run[theirs[0]]!r}: only a node's own --node-config may "
+            "set it"
+        )
     if choice("privacy", run["privacy"], ("sample", "client")) == "client" and node["privacy"] != "client":
-        raise ValueError("privacy must be 'sample' on this node, got 'client' from the run, which is training without noise: only the "
-                         "node's own --node-config can agree to that, with privacy=\"client\"")
+        raise ValueError(
+            "privacy must be 'sample' on this node, got 'client' from the run, which is training without noise: only "
+            "the "
+            'node\'s own --node-config can agree to that, with privacy="client"'
+        )
 
 
 def check_budget(node: dict, worker: Worker) -> None:
@@ -112,7 +130,9 @@ def check_budget(node: dict, worker: Worker) -> None:
     after.charge(noise_multiplier=sigma, sample_rate=worker.sample_rate, steps=worker.steps_per_round)
     epsilon = after.epsilon(target_delta=worker.settings.target_delta, accountant="rdp")
     if epsilon > number("max-epsilon", node["max-epsilon"], low=0):
-        raise ValueError(f"max-epsilon is {node['max-epsilon']:g} on this node, and after the round ε would be {epsilon:.4g}")
+        raise ValueError(
+            f"max-epsilon is {node['max-epsilon']:g} on this node, and after the round ε would be {epsilon:.4g}"
+        )
 
 
 def _name(node: dict) -> str:
@@ -136,7 +156,9 @@ def _ledger(node: dict, method: str) -> Ledger:
         return Ledger(Path(node["ledgers"]) / f"{_name(node)}.json")
     if method == "sgd":
         return Ledger()
-    raise ValueError("ledger must be named in --node-config, as ledger=\"/folder/file.json\", got none: nothing is trained uncounted")
+    raise ValueError(
+        'ledger must be named in --node-config, as ledger="/folder/file.json", got none: nothing is trained uncounted'
+    )
 
 
 def _by_state(context: Context, worker: Worker) -> float:

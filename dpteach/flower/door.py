@@ -1,10 +1,11 @@
 """The door of a federation on one machine: each of its ports asks for the certificate that was made for it.
 
-Flower's open distribution asks nobody who they are: whoever reaches the SuperLink's port may list, start and stop runs, and
-a run's code runs as the SuperLink's owner. On loopback that is everybody with an account on the machine. Flower's ports can
-speak TLS, but Flower has no option by which they demand a certificate of the *client*. The HTTP server and the HTTP client
-that it uses (uvicorn, httpx) have one. So ``python -m dpteach.flower.door COMMAND …`` starts one of Flower's commands with
-both set, from the folder that :data:`VARIABLE` names; and since Flower may change, :func:`answers_strangers` looks from outside.
+Flower's open distribution asks nobody who they are: whoever reaches the SuperLink's port may list, start and stop runs,
+and a run's code runs as the SuperLink's owner. On loopback that is everybody with an account on the machine. Flower's
+ports can speak TLS, but Flower has no option by which they demand a certificate of the *client*. The HTTP server and
+the HTTP client that it uses (uvicorn, httpx) have one. So ``python -m dpteach.flower.door COMMAND …`` starts one of
+Flower's commands with both set, from the folder that :data:`VARIABLE` names; and since Flower may change,
+:func:`answers_strangers` looks from outside.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ CERTIFICATE, KEY, COMMANDS = "door.crt", "door.key", "bin"  # in that folder; CO
 def make(folder: Path) -> None:
     """Make, in a folder that only its owner can open: a certificate for 127.0.0.1, its key, and Flower's commands behind it.
 
-    Server and clients have the same certificate and trust no other. A command that Flower starts by its name is found here
-    first, if ``PATH`` says so.
+    Server and clients have the same certificate and trust no other. A command that Flower starts by its name is found
+    here first, if ``PATH`` says so.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -38,8 +39,13 @@ def make(folder: Path) -> None:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a federation on this machine")])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(x509.random_serial_number()).not_valid_before(now - day).not_valid_after(now + 365 * day)
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - day)
+        .not_valid_after(now + 365 * day)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -79,7 +85,17 @@ def close(folder: Path) -> None:
 
     @functools.wraps(serve)
     def demand(self, *args, **kwargs):
-        serve(self, *args, **{**kwargs, "ssl_certfile": crt, "ssl_keyfile": key, "ssl_ca_certs": crt, "ssl_cert_reqs": ssl.CERT_REQUIRED})
+        serve(
+            self,
+            *args,
+            **{
+                **kwargs,
+                "ssl_certfile": crt,
+                "ssl_keyfile": key,
+                "ssl_ca_certs": crt,
+                "ssl_cert_reqs": ssl.CERT_REQUIRED,
+            },
+        )
 
     @functools.wraps(ask)
     def show(self, *, verify=True, **kwargs):
@@ -95,6 +111,7 @@ def answers_strangers(port: int) -> bool:
 
     The alert that ends a TLS connection is no answer. Silence counts as one: it may be waiting for more.
     """
+
     def asked(connection: socket.socket) -> bytes:
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         return connection.recv(1)
@@ -108,7 +125,11 @@ def answers_strangers(port: int) -> bool:
                 return True
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with contextlib.suppress(ssl.SSLError, ConnectionError), connected() as plain, context.wrap_socket(plain) as secure:
+        with (
+            contextlib.suppress(ssl.SSLError, ConnectionError),
+            connected() as plain,
+            context.wrap_socket(plain) as secure,
+        ):
             return asked(secure) != b""
     except TimeoutError:
         return True

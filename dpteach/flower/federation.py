@@ -36,8 +36,8 @@ class Node:
     """A client with records of its own.
 
     Args:
-        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``; not ``link``, ``run`` or ``command``, which the
-            federation's own processes are called.
+        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``; not ``link``, ``run`` or ``command``,
+            which the federation's own processes are called.
         noise_multiplier: σ >= 0.
         max_grad_norm: C > 0.
         target_delta: δ in (0, 1).
@@ -57,7 +57,9 @@ class Node:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"name must be letters, digits, '-' and '_', got {self.name!r}")
         if self.name in _OWN:
-            raise ValueError(f"name must not be one of {', '.join(map(repr, _OWN))}, got {self.name!r}: choose another one")
+            raise ValueError(
+                f"name must not be one of {', '.join(map(repr, _OWN))}, got {self.name!r}: choose another one"
+            )
         number("noise_multiplier", self.noise_multiplier, low=0)
         number("max_grad_norm", self.max_grad_norm, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
@@ -72,7 +74,8 @@ class FederatedRound:
     Attributes:
         round: 1, 2, … ``rounds``.
         rounds: how many the run has.
-        epsilons: by node's name: ε of everything in its ledger, by RDP, as the node reported it. Not to be summed or averaged.
+        epsilons: by node's name: ε of everything in its ledger, by RDP, as the node reported it. Not to be summed or
+            averaged.
         epsilons_by_state: the same from the memory that Flower keeps for a run (``Context.state``): too small after a
             restart or in a second run.
         steps: by node's name: all steps that its ledger has.
@@ -108,7 +111,8 @@ class _Local:
         self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))  # for the owner's eyes only (0700)
         self._keeper = subprocess.Popen(
             [sys.executable, "-m", "dpteach.flower.keeper", self._mark, str(self._home)],
-            stdin=subprocess.PIPE, start_new_session=True,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             self._start()
@@ -139,8 +143,17 @@ class _Local:
     def _start_link(self, *options: str) -> None:
         door.make(self._home)
         self._port = _free_port()
-        self._spawn("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self._port), *self._tls(),
-                    "--disable-runtime-dependency-installation", *options)
+        self._spawn(
+            "link",
+            "flower-superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self._port),
+            *self._tls(),
+            "--disable-runtime-dependency-installation",
+            *options,
+        )
         (self._home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
             f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n"
@@ -157,24 +170,36 @@ class _Local:
             for port in _listening(process):
                 if door.answers_strangers(port):
                     raise RuntimeError(
-                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever has an account "
-                        f"on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 and 1.42, which can be closed."
+                        f"The federation was ended: its port {port} answers people who have no certificate, so "
+                        "whoever has an account "
+                        f"on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 and "
+                        "1.42, which can be closed."
                     )
 
     def _spawn(self, name: str, command: str, *options: str) -> None:
         with (self._home / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [self._command(command), *options], env=self._environment(name), cwd=self._home, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
+                [self._command(command), *options],
+                env=self._environment(name),
+                cwd=self._home,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def _environment(self, name: str) -> dict[str, str]:
         scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"  # a SuperLink starts its helpers by name
         inherited = {key: value for key, value in os.environ.items() if key not in _COLOURS}
         return {
-            **inherited, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}", "FLWR_HOME": str(self._home),
-            "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1",
-            door.VARIABLE: str(self._home), VARIABLE: f"{self._mark}/{name}",
+            **inherited,
+            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_HOME": str(self._home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+            door.VARIABLE: str(self._home),
+            VARIABLE: f"{self._mark}/{name}",
         }
 
     def _command(self, name: str) -> str:
@@ -186,8 +211,15 @@ class _Local:
     def _flwr(self, *arguments: str) -> dict | None:
         """The JSON answer of a ``flwr`` command; None where it fails."""
         try:
-            made = subprocess.run([self._command("flwr"), *arguments], env=self._environment("command"), cwd=self._home,
-                                  stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+            made = subprocess.run(
+                [self._command("flwr"), *arguments],
+                env=self._environment("command"),
+                cwd=self._home,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
             return json.loads(made.stdout) if made.returncode == 0 else None
         except (subprocess.TimeoutExpired, ValueError):
             return None
@@ -225,14 +257,23 @@ class _Local:
         self._runs += 1
         report = self._home / f"report-{self._runs}.jsonl"
         changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report), **config}
-        self._spawn("run", "flwr", "run", str(APP), "--stream", *options,
-                    *(f"--run-config={key}={json.dumps(value)}" for key, value in changed.items()))
+        self._spawn(
+            "run",
+            "flwr",
+            "run",
+            str(APP),
+            "--stream",
+            *options,
+            *(f"--run-config={key}={json.dumps(value)}" for key, value in changed.items()),
+        )
         read, run_id, ended = 0, None, False
         deadline = time.monotonic() + timeout + self._start_timeout
         try:
             while True:
                 over = self._processes["run"].poll() is not None
-                lines = report.read_text(encoding="utf8").split("\n")[:-1] if report.exists() else []  # whole lines only
+                lines = (
+                    report.read_text(encoding="utf8").split("\n")[:-1] if report.exists() else []
+                )  # whole lines only
                 for line in map(json.loads, lines[read:]):
                     deadline = time.monotonic() + timeout
                     if "run" in line:
@@ -250,8 +291,10 @@ class _Local:
                 if over:
                     raise RuntimeError(f"The run has ended early. {self._last_words('run')}")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"No round was finished within {timeout:g} s: raise timeout, or look whether every "
-                                       "node has enough memory.")
+                    raise TimeoutError(
+                        f"No round was finished within {timeout:g} s: raise timeout, or look whether every "
+                        "node has enough memory."
+                    )
                 time.sleep(_POLL)
         finally:
             self._end_run(run_id, ended)
@@ -272,8 +315,8 @@ class _Local:
 class Federation(_Local):
     """Nodes on this machine, each with processes, a port and a ledger of its own: a context manager.
 
-    The nodes have registered keys, and each port wants the certificate of this federation: it is closed to other accounts of
-    the machine.
+    The nodes have registered keys, and each port wants the certificate of this federation: it is closed to other
+    accounts of the machine.
 
     Args:
         nodes: two or more, with different names; each gets its part of MNIST.
@@ -293,7 +336,9 @@ class Federation(_Local):
         self.nodes = {node.name: node for node in nodes}
         self._killing = threading.Lock()  # a node is not started again while the last one is still being killed
         if len(self.nodes) < 2 or len(self.nodes) < len(nodes):
-            raise ValueError(f"nodes must be at least two, each with a name of its own, got {[n.name for n in nodes]!r}")
+            raise ValueError(
+                f"nodes must be at least two, each with a name of its own, got {[n.name for n in nodes]!r}"
+            )
         self._folder = None if folder is None else Path(folder).resolve()
         if self._folder is not None:
             if not self._folder.is_dir():
@@ -307,7 +352,9 @@ class Federation(_Local):
             RuntimeError: without a ``folder``, outside the ``with`` block: then there is none. It is not an empty one.
         """
         if self._folder is None and self._keeper is None:
-            raise RuntimeError("Without a folder the ledgers end with the federation: give Federation a folder to keep them.")
+            raise RuntimeError(
+                "Without a folder the ledgers end with the federation: give Federation a folder to keep them."
+            )
         return Ledger(self._ledger_file(name))
 
     def _ledger_file(self, name: str) -> Path:
@@ -326,7 +373,8 @@ class Federation(_Local):
         Args:
             rounds: >= 1.
             timeout: seconds for one round, >= 1.
-            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``, ``method="opacus"``.
+            config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``,
+                ``method="opacus"``.
 
         Raises:
             ValueError: if the app has no such key: what protects a node's records is its :class:`Node`'s to say.
@@ -334,7 +382,9 @@ class Federation(_Local):
             TimeoutError: if a round takes longer than ``timeout``.
         """
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        return self._rounds(rounds, timeout, _run_config({"num_nodes": len(self.nodes), **config}))  # so errors come at the call
+        return self._rounds(
+            rounds, timeout, _run_config({"num_nodes": len(self.nodes), **config})
+        )  # so errors come at the call
 
     def kill(self, name: str, *, in_next_round: bool = False) -> None:
         """SIGKILL the node ``name``, all of it, as a power cut would.
@@ -347,7 +397,9 @@ class Federation(_Local):
         known = self._known(name)
         if in_next_round:
             ledger = self.ledger(known)
-            threading.Thread(target=self._kill_after_charge, args=(known, ledger, len(ledger.charges)), daemon=True).start()
+            threading.Thread(
+                target=self._kill_after_charge, args=(known, ledger, len(ledger.charges)), daemon=True
+            ).start()
         else:
             self._kill(known)
 
@@ -376,19 +428,38 @@ class Federation(_Local):
     def _start_node(self, name: str) -> None:
         node = self.nodes[name]
         config = {
-            "name": name, "partition-id": list(self.nodes).index(name), "num-partitions": len(self.nodes),
-            "noise-multiplier": float(node.noise_multiplier), "max-grad-norm": float(node.max_grad_norm),
-            "target-delta": float(node.target_delta), "ledger": str(self._ledger_file(name)),
+            "name": name,
+            "partition-id": list(self.nodes).index(name),
+            "num-partitions": len(self.nodes),
+            "noise-multiplier": float(node.noise_multiplier),
+            "max-grad-norm": float(node.max_grad_norm),
+            "target-delta": float(node.target_delta),
+            "ledger": str(self._ledger_file(name)),
         }
         if node.max_epsilon is not None:
             config["max-epsilon"] = float(node.max_epsilon)
-        key = self._home / f"{uuid.uuid4().hex}.key"  # one a start: for about a minute the old one would count as online
+        key = (
+            self._home / f"{uuid.uuid4().hex}.key"
+        )  # one a start: for about a minute the old one would count as online
         if self._flwr("supernode", "register", str(door.make_node_key(key)), "--format", "json") is None:
             raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words()}")
-        self._spawn(name, "flower-supernode", "--superlink", f"127.0.0.1:{self._port}", "--host", "127.0.0.1",
-                    "--port", str(_free_port()), "--root-certificates", str(self._home / door.CERTIFICATE), *self._tls(),
-                    "--auth-supernode-private-key", str(key),
-                    "--node-config", " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()))
+        self._spawn(
+            name,
+            "flower-supernode",
+            "--superlink",
+            f"127.0.0.1:{self._port}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(_free_port()),
+            "--root-certificates",
+            str(self._home / door.CERTIFICATE),
+            *self._tls(),
+            "--auth-supernode-private-key",
+            str(key),
+            "--node-config",
+            " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()),
+        )
 
     def _wait_online(self) -> None:
         self._wait_for(lambda: all(map(self._id, self.nodes)), f"the nodes {', '.join(self.nodes)} were not online")
@@ -406,11 +477,19 @@ class Federation(_Local):
         self._check_open()
         config = {**config, "nodes": ",".join(map(self._id, self.nodes))}
         for line in self._lines(rounds, timeout, config):
+
             def of_each(key: str, line=line) -> dict:
                 return {name: line[f"{key}/{name}"] for name in self.nodes}
 
-            yield FederatedRound(line["round"], line["rounds"], of_each("epsilon"), of_each("epsilon-by-state"), of_each("steps"),
-                                 line["accuracy"], line["seconds"])
+            yield FederatedRound(
+                line["round"],
+                line["rounds"],
+                of_each("epsilon"),
+                of_each("epsilon-by-state"),
+                of_each("steps"),
+                line["accuracy"],
+                line["seconds"],
+            )
 
     def _kill(self, name: str) -> None:
         with self._killing:
@@ -427,8 +506,11 @@ class Federation(_Local):
     def _epitaph(self, name: str) -> str:
         if name == "link":
             return super()._epitaph(name)
-        return (f"The node {name!r} has ended in the middle of the work. Its ledger has what it was charged, also for a round "
-                f"that did not finish. Start it again with restart({name!r}).")
+        return (
+            f"The node {name!r} has ended in the middle of the work. Its ledger has what it was charged, also for a "
+            "round "
+            f"that did not finish. Start it again with restart({name!r})."
+        )
 
     def _known(self, name: str) -> str:
         if name not in self.nodes:
@@ -439,7 +521,8 @@ class Federation(_Local):
 class Simulation(_Local):
     """Many virtual clients in a few processes, on Flower's Ray engine: a context manager.
 
-    Flower's port wants a certificate, as in :class:`Federation`. Ray's ports are open to the network and want a token; we have
+    Flower's port wants a certificate, as in :class:`Federation`. Ray's ports are open to the network and want a token;
+    we have
     not tried each of them: not on a host that you share.
 
     Args:
@@ -463,22 +546,27 @@ class Simulation(_Local):
 
         Args:
             config: also what each client decides for itself: ``noise_multiplier``, ``max_grad_norm``, ``target_delta``,
-                ``max_epsilon``. With ``privacy="client"`` all of them agree to it, and their ledgers' ε is infinite from then on.
+                ``max_epsilon``. With ``privacy="client"`` all of them agree to it, and their ledgers' ε is infinite
+                from then on.
         """
         from dpteach.flower.client_app import ONLY_THE_NODES
 
         rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        theirs = {key.replace("_", "-"): config.pop(key) for key in list(config) if key.replace("_", "-") in ONLY_THE_NODES}
+        theirs = {
+            key.replace("_", "-"): config.pop(key) for key in list(config) if key.replace("_", "-") in ONLY_THE_NODES
+        }
         config = _run_config({"num_nodes": self.clients, "privacy": "sample", **config})
         theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
         (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
-        return self._lines(rounds, timeout, config, "--federation-config",
-                           f"num-supernodes={self.clients} client-resources-num-cpus=1")
+        return self._lines(
+            rounds, timeout, config, "--federation-config", f"num-supernodes={self.clients} client-resources-num-cpus=1"
+        )
 
     def _environment(self, name: str) -> dict[str, str]:
         from dpteach.flower.client_app import VARIABLE as NODES
 
-        # Ray's ports are open to the whole network, and whoever reaches them runs programs as you, unless a token is asked for.
+        # Ray's ports are open to the whole network, and whoever reaches them runs programs as you, unless a token is
+        # asked for.
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
         return {**super()._environment(name), **ray, NODES: str(self._home / "nodes.json")}
 
@@ -494,7 +582,9 @@ def _run_config(config: dict) -> dict:
     allowed = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
     asked = {key.replace("_", "-"): value for key, value in config.items()}
     for key in asked.keys() - allowed.keys():
-        raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(allowed)}")
+        raise ValueError(
+            f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(allowed)}"
+        )
     return asked
 
 

@@ -24,8 +24,11 @@ def marked(mark: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             theirs = process.environ().get(VARIABLE, "")
-            if process.pid != os.getpid() and (theirs == mark or theirs.startswith(f"{mark}/")) \
-                    and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.pid != os.getpid()
+                and (theirs == mark or theirs.startswith(f"{mark}/"))
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             pass  # it has ended, or is somebody else's

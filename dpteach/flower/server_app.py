@@ -34,7 +34,9 @@ class NamedFedAvg(FedAvg):
         super().__init__(**everything_else)
         self.only = only
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         if not self.only:
             return super().configure_train(server_round, arrays, config, grid)
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
@@ -71,10 +73,9 @@ def answers(server_round: int, replies: Iterable[Message], expected: int) -> lis
 
 def apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
     """Each client's metrics under its own name: ``epsilon/alice``. A mean ε would be nobody's promise."""
-    return MetricRecord({
-        f"{key}/{content['who']['name']}": value
-        for content in contents for key, value in content["metrics"].items()
-    })
+    return MetricRecord(
+        {f"{key}/{content['who']['name']}": value for content in contents for key, value in content["metrics"].items()}
+    )
 
 
 @app.main()
@@ -103,8 +104,13 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
         made.update(metrics)
         return metrics
 
-    everybody = {"fraction_train": 1.0, "fraction_evaluate": 0.0, "min_train_nodes": nodes, "min_available_nodes": nodes,
-                 "train_metrics_aggr_fn": keep_apart}
+    everybody = {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": nodes,
+        "min_available_nodes": nodes,
+        "train_metrics_aggr_fn": keep_apart,
+    }
     named = [int(node) for node in config["nodes"].split(",") if node]
     if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
         strategy = ApartFedAvg(named, **everybody)
@@ -121,8 +127,13 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
             report.add(line)
         return MetricRecord({"accuracy": reached})
 
-    strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=rounds,
-                   timeout=float(config["round-timeout"]), evaluate_fn=after)
+    strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=rounds,
+        timeout=float(config["round-timeout"]),
+        evaluate_fn=after,
+    )
 
 
 def central(strategy: FedAvg, config: dict) -> Central:
@@ -130,13 +141,20 @@ def central(strategy: FedAvg, config: dict) -> Central:
     from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 
     nodes = int(config["num-nodes"])
-    accountant = RdpAccountant(PrivacyConfig(
-        target_delta=config["server-target-delta"], population_size=nodes, sampling_method=SamplingMethod.NO_AMPLIFICATION,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ))
+    accountant = RdpAccountant(
+        PrivacyConfig(
+            target_delta=config["server-target-delta"],
+            population_size=nodes,
+            sampling_method=SamplingMethod.NO_AMPLIFICATION,
+            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+        )
+    )
     return Central(
-        strategy, noise_multiplier=config["server-noise-multiplier"], clipping_norm=config["clipping-norm"],
-        num_sampled_clients=nodes, accountant=accountant,
+        strategy,
+        noise_multiplier=config["server-noise-multiplier"],
+        clipping_norm=config["clipping-norm"],
+        num_sampled_clients=nodes,
+        accountant=accountant,
     )
 
 
