@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from loops import in_one_test
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 
@@ -231,7 +232,7 @@ def test_two_moons_can_be_told_apart_but_not_by_a_line():
     assert float(noisy.X.mean(0).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value",
     [
         *(("n", v) for v in (1, 2.5, math.nan, True)),
@@ -251,10 +252,10 @@ def ids(part):
 NUMBERED = Data(torch.arange(600.0).reshape(-1, 1), torch.arange(600) % 3)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "more", [{}, {"skew": 0.9}, {"weights": [5, 1, 1, 1]}, {"skew": 0.5, "weights": [5, 1, 1, 1]}, {"skew": 0.999}]
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@in_one_test("seed", [0, 1, 2])
 def test_a_split_gives_every_record_to_exactly_one_worker(more, seed):
     parts = split(NUMBERED, 4, **more, seed=seed)
     assert sorted(sum(map(ids, parts), [])) == list(range(600))
@@ -278,7 +279,7 @@ def test_a_skewed_split_makes_the_workers_labels_unlike():
     assert unlike(0.0) < 0.3 < unlike(0.5) < unlike(0.95)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value, more",
     [
         ("workers", 0, {"workers": 0}),

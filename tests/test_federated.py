@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loops import in_one_test
 from torch import nn
 
 from dpteach import models
@@ -185,7 +186,7 @@ def test_the_average_keeps_a_counters_type():
     assert averaged["num_batches_tracked"] == 0 and averaged["num_batches_tracked"].dtype == torch.int64
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "call, sentence",
     [
         (lambda: federated_average([]), "models must hold at least one model, got none"),

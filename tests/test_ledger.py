@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import in_one_test
 
 import dpteach
 from dpteach import accounting
@@ -299,7 +300,7 @@ def test_no_flipped_bit_and_no_truncation_is_taken(path, ledger):
             Ledger(path)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "row",
     [
         [1e-320, 0.1, 1, 1],
@@ -432,7 +433,8 @@ assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() 
 # --- what has no price is not written -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize("in_memory", [True, False])
+@in_one_test(
     "name, value",
     [
         ("noise_multiplier", -1.0),
@@ -451,8 +453,8 @@ assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() 
         ("steps", float("nan")),
     ],
 )
-@pytest.mark.parametrize("in_memory", [True, False])
 def test_a_charge_without_a_price_is_refused_and_not_written(refuses, path, name, value, in_memory):
+    path.unlink(missing_ok=True)  # the last case's
     ledger = Ledger() if in_memory else Ledger(path, new=True)
     with refuses(name, value):
         ledger.charge(**{**CHARGE, name: value})

@@ -9,6 +9,7 @@ import opacus.optimizers.optimizer
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import in_one_test
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -358,7 +359,7 @@ def test_a_smaller_delta_and_a_run_without_privacy_do_not_warn(method):
 BAD = [math.nan, True, "1", None]
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value",
     [
         *(("noise_multiplier", v) for v in (-0.1, math.inf, *BAD)),
