@@ -175,7 +175,7 @@ def _twenty_clients() -> Iterator[dict]:
     """
     from dpteach.flower import Simulation
 
-    made_with = {package: version(package) for package in ("flwr", "ray")}
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
     with Simulation(20) as simulation:
         for privacy, sigma in (("sample", 1.3), ("client", 1.0), ("client", 0.5)):
             key = "noise_multiplier" if privacy == "sample" else "server_noise_multiplier"
@@ -211,7 +211,7 @@ def run(name: str) -> Path:
         ValueError: if there is no experiment of that name; lists the ones there are.
     """
     experiment = EXPERIMENTS[choice("name", name, EXPERIMENTS)]
-    made_with = {package: version(package) for package in ("torch", "opacus")}
+    made_with: dict[str, str | int] = {package: version(package) for package in ("torch", "opacus")}
     made_with["threads"] = torch.get_num_threads()
     RESULTS.mkdir(parents=True, exist_ok=True)
     target, part = RESULTS / f"{name}.csv", RESULTS / f"{name}.csv.part"
