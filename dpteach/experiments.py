@@ -131,7 +131,7 @@ def two_workers_run(
     parts = split(images, 2, skew, sizes, seed=seed)
     workers = [Worker(name, part, settings, method=method) for name, part in zip(("alice", "bob"), parts)]
     began = time.perf_counter()
-    for made in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
+    for after in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
         seconds = round(time.perf_counter() - began, 1)
         for worker in workers:
             yield {
@@ -142,11 +142,11 @@ def two_workers_run(
                 "weights": weights,
                 "seed": seed,
                 "rounds": rounds,
-                "round": made.round,
+                "round": after.round,
                 "worker": worker.name,
                 "records": len(worker.data),
-                "loss": round(made.losses[worker.name], 4),
-                "accuracy": made.accuracy,
+                "loss": round(after.losses[worker.name], 4),
+                "accuracy": after.accuracy,
                 **{
                     f"epsilon_{short}": round(worker.epsilon(accountant), 4)
                     for short, accountant in (("prv", "prv"), ("rdp", "rdp"), ("classic", "rdp-classic"))

@@ -101,8 +101,8 @@ class Worker:
         """
         if self.settings.seed is None:
             return None
-        told = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
+        text = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def epsilon(self, accountant: str = "prv") -> float:
         """ε of everything in the worker's ledger, at the settings' ``target_delta``."""
@@ -269,9 +269,9 @@ def train_rounds(
     Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
     """
     return (
-        made
-        for made in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
-        if isinstance(made, Round)
+        event
+        for event in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
+        if isinstance(event, Round)
     )
 
 

@@ -122,10 +122,10 @@ def _kept(model: nn.Module, records: Tensor) -> str:
     """The name of what a forward pass leaves behind that depends on the records; empty if there is none."""
     half = max(1, len(records) // 2)
     copies, groups = [copied(model) for _ in range(3)], [records[:half], records[-half:], records[:half]]
-    for made, group in zip(copies, groups):
+    for twin, group in zip(copies, groups):
         for _ in range(2):
-            _outputs(made, group)
-    first, other, again = (dict(_leaves(made)) for made in copies)
+            _outputs(twin, group)
+    first, other, again = (dict(_leaves(twin)) for twin in copies)
     state = {
         name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
     }
@@ -149,33 +149,33 @@ def _mixed(model: nn.Module, records: Tensor, batch: int) -> str:
         unlike += [10 * drawn, drawn, 1 - 2 * _beside(records, 1)]
     depends = "its output for one sample depends on the others in the batch"
     for perturbed in (False, True):  # a head of zeros would hide what stands before it
-        made, cast, tolerance = _precise(model, records, perturbed)
-        if made is None:
+        twin, cast, tolerance = _precise(model, records, perturbed)
+        if twin is None:
             continue
         for k in {0, len(records) // 2, len(records) - 1}:
             one, others = cast(records[k : k + 1]), [cast(_beside(records, k + shift)) for shift in (1, 2, 4)]
             invented = [cast(rows) for rows in unlike]
-            together = [_outputs(made, torch.cat([one, rows])) for rows in others]
+            together = [_outputs(twin, torch.cat([one, rows])) for rows in others]
             if any(len(output) != 4 for output in together):
                 return f"it gives {len(together[0])} outputs for 4 samples"
-            if _near(together[0], _outputs(made, torch.cat([one, others[0]])), tolerance):
+            if _near(together[0], _outputs(twin, torch.cat([one, others[0]])), tolerance):
                 together += [
-                    output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None
+                    output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None
                 ]
                 if not all(_near(together[0][:1], output[:1], tolerance) for output in together[1:]):
                     return depends
-            modes = {layer: layer.training for layer in made.modules()}
+            modes = {layer: layer.training for layer in twin.modules()}
             for layer in modes:
                 if isinstance(layer, RANDOM_LAYERS):
                     layer.training = False
-            calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+            calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
             if not calm:  # something else draws: at rest it may not
-                made.eval()
-                calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+                twin.eval()
+                calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
             many = _beside(records, k, batch - 1)
-            alone = _outputs(made, one)
-            beside = [_outputs(made, torch.cat([one, rows])) for rows in (*others, cast(many))]
-            beside += [output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None]
+            alone = _outputs(twin, one)
+            beside = [_outputs(twin, torch.cat([one, rows])) for rows in (*others, cast(many))]
+            beside += [output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None]
             if calm and not all(_near(alone, output[:1], tolerance) for output in beside):
                 return depends
             for layer, mode in modes.items():
@@ -192,20 +192,20 @@ def _precise(
 ) -> tuple[nn.Module | None, Callable[[Tensor], Tensor], float]:
     """A copy in float64, where rounding is not taken for mixing; in its own precision if it can't run there."""
     for dtype, tolerance in ((torch.float64, 1e-7), (None, 1e-3)):
-        made = copied(model)
+        twin = copied(model)
         if perturbed:
             generator = torch.Generator().manual_seed(2)
-            for p in made.parameters():
+            for p in twin.parameters():
                 if p.is_floating_point():
                     scale = 0.1 / (p[0].numel() ** 0.5 if p.dim() > 1 else 1)
                     p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
-        made = made if dtype is None else made.to(dtype)
+        twin = twin if dtype is None else twin.to(dtype)
 
         def cast(x: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
             return x.to(dtype) if dtype is not None and x.is_floating_point() else x
 
-        if _tried(made, cast(records[:1])) is not None:
-            return made, cast, tolerance
+        if _tried(twin, cast(records[:1])) is not None:
+            return twin, cast, tolerance
     return None, lambda x: x, 0.0
 
 
@@ -252,10 +252,10 @@ def copied(model: nn.Module) -> nn.Module:
     """
     computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
     try:
-        made = copy.deepcopy(model, computed)
+        twin = copy.deepcopy(model, computed)
         if model in _PROBED and same_shape(_PROBED[model], shape_of(model)):
-            vouch(made)
-        return made
+            vouch(twin)
+        return twin
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
 
