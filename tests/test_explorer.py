@@ -17,6 +17,8 @@ from dpteach.explorer.live import RANGES as ALL_RANGES
 from dpteach.explorer.live import read, show_digits, slider_for
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
+from dpteach.plots.items import _thin, array
+from dpteach.plots.panel import tick_text, ticks
 from dpteach.training import Settings, train
 
 QUICK = Settings(epochs=2, batch_size=100, lr=1.0)
@@ -383,7 +385,7 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     explorer.start()
     shown = explorer._picture.value
     for _ in range(5):
-        wait_for(lambda: explorer._picture.value != shown)
+        wait_for(lambda shown=shown: explorer._picture.value != shown)
         shown = explorer._picture.value
     explorer.stop()
     explorer.wait(10)
@@ -440,7 +442,7 @@ def test_both_painters_draw_every_kind_of_item():
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_point():
-    xs, ys = plots._thin(*map(plots._array, (range(10_000), range(10_000))))
+    xs, ys = _thin(*map(array, (range(10_000), range(10_000))))
     assert len(xs) <= 152
     assert (xs[-1], ys[-1]) == (9999, 9999)
     assert all(a == b for a, b in zip(xs, ys))
@@ -595,14 +597,14 @@ def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_slider
     ],
 )
 def test_a_tick_says_its_value(value, text):
-    assert plots._tick_text(value) == text and float(text) == value
+    assert tick_text(value) == text and float(text) == value
 
 
 @pytest.mark.parametrize("low, high", [(12.2, 16.2), (0.3, 0.4), (1.0, 1.02), (0.5, 5), (1e-8, 1e-2)])
 def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
-    ticks = plots._ticks(low, high, True, 5)
-    assert len(ticks) >= 2 and all(low <= tick <= high for tick in ticks)
-    assert len({plots._tick_text(tick) for tick in ticks}) == len(ticks)
+    values = ticks(low, high, True, 5)
+    assert len(values) >= 2 and all(low <= tick <= high for tick in values)
+    assert len({tick_text(tick) for tick in values}) == len(values)
 
 
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
