@@ -116,7 +116,7 @@ def load_mnist(train: bool = True) -> Data:
 
 
 def _numbers(path: Path, header: int) -> Tensor:
-    """The bytes after the header. The files are known to the bit, and torchvision's reader would cost 160 MB of imports."""
+    """The bytes after the header. The files are known to the bit; torchvision's reader costs 160 MB of imports."""
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=header))
 
 
