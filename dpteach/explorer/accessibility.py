@@ -12,13 +12,9 @@ import ipywidgets as widgets
 _GONE = "The kernel was restarted or has ended. Run this cell again, and the cells above it first."
 
 
-def _page_part() -> str:
-    style, script = (files("dpteach.explorer").joinpath(f"page.{kind}").read_text("utf8") for kind in ("css", "js"))
-    run_script = f'<img alt="" src="data:," style="display:none" onerror="{escape(script)}">'
-    return f'<style>\n{style}</style>\n<p class="dpteach-gone">{_GONE}</p>\n{run_script}'
-
-
-_PAGE_PART = _page_part()
+_CSS, _JS = (files("dpteach.explorer").joinpath(f"page.{kind}").read_text("utf8") for kind in ("css", "js"))
+_PAGE_PART = f"""<style>{_CSS}</style><p class="dpteach-gone">{_GONE}</p>
+<img alt="" src="data:," style="display:none" onerror="{escape(_JS)}">"""
 
 
 def accessible_box(rows: list[widgets.Widget]) -> widgets.VBox:

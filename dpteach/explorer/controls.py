@@ -13,7 +13,7 @@ _DRAGGED = 3  # significant digits of a value that was dragged, not typed; page.
 
 @dataclass(frozen=True)
 class Range:
-    """Where a slider runs: from ``low`` to ``high``, on a logarithmic scale if ``log``, over whole numbers if ``whole``."""
+    """Where a slider runs: from ``low`` to ``high``, logarithmic if ``log``, in whole steps if ``whole``."""
 
     low: float
     high: float
@@ -99,7 +99,7 @@ class Slider:
         return min(max(value, limits.low), limits.high)
 
     def show_digits(self, value: float) -> None:
-        """Let the readout show every digit of ``value``, and of a slider at rest no fewer than usual."""
+        """Let the readout show every digit of ``value``, and no fewer than of a dragged one."""
         if self._limits.whole:
             shown = ".0f" if self._limits.log else "d"
         elif self._limits.log:
@@ -110,21 +110,9 @@ class Slider:
         self.widget.readout_format = shown
 
 
-class Menu:
-    """A menu. ``options``: as for ipywidgets' ``Dropdown``; it starts at ``start``, or at the first one."""
-
-    def __init__(self, label: str, options: list, start: Any = None):
-        start = {} if start is None else {"value": start}
-        self.widget = widgets.Dropdown(options=options, description=label, **start, **_control_style())
-        self.start = self.widget.value
-
-    @property
-    def value(self) -> Any:
-        """What is chosen."""
-        return self.widget.value
-
-    def show_digits(self, value: Any) -> None:
-        """A menu has none."""
+def menu(label: str, options: list, **more: Any) -> widgets.Dropdown:
+    """A menu; ``options`` and more as for ipywidgets' ``Dropdown``."""
+    return widgets.Dropdown(options=options, description=label, **more, **_control_style())
 
 
 def _control_style() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.data import Data, split
 from dpteach.explorer.accessibility import accessible_box
-from dpteach.explorer.controls import RANGES, Menu, Range, Slider, number_text
+from dpteach.explorer.controls import RANGES, Range, Slider, menu, number_text
 from dpteach.explorer.training import LiveTraining, Run, budget_panel, diverged
 from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
 from dpteach.plots import Panel
@@ -72,7 +72,7 @@ class FederatedExplorer(LiveTraining):
         self._data, self._settings, self._names, self._test_data = data, settings, names, test_data
         self._sigma_of = {name: f"noise_multiplier_{name}" if len(names) <= 3 else "noise_multiplier" for name in names}
 
-        controls: dict[str, Slider | Menu] = {}
+        controls: dict[str, Any] = {}
         for name, sigma in zip(names, sigmas):
             label = f"σ of {name}" if len(names) <= 3 else "σ of every worker"
             controls.setdefault(self._sigma_of[name], Slider("noise_multiplier", sigma, _NOISE, label))
@@ -80,7 +80,7 @@ class FederatedExplorer(LiveTraining):
         controls["share"] = Slider("share", 1 / len(names), RANGES["share"], f"{names[0]}'s share of records")
         controls["skew"] = Slider("skew", skew, RANGES["skew"], "label skew")
         averages = [("weighted by records", "size"), ("all the same", "equal")]
-        controls["weights"] = Menu("average", averages, choice("weights", weights, WEIGHTS))
+        controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
         super().__init__(controls, settings, make_model)
         self.widget = accessible_box([*self.controls.values(), *self._rows_below_controls])
         self.start()

@@ -9,7 +9,7 @@ from IPython.display import display
 
 from dpteach._checks import choice
 from dpteach.explorer.accessibility import accessible_box, live_region
-from dpteach.explorer.controls import RANGES, Menu, Range, Slider, label_of
+from dpteach.explorer.controls import RANGES, Range, Slider, label_of
 from dpteach.explorer.thread import Job, WorkerThread
 from dpteach.plots import Panel, alt_text, still, svg
 
@@ -22,19 +22,18 @@ class LivePicture:
     Args:
         controls: by setting name.
         thread_name: of the thread that draws.
-        one_at_a_time: whether its work ends when another picture's begins.
+        alone: its work ends when that of another one begins.
     """
 
     widget: widgets.VBox  # what a cell shows
 
-    def __init__(self, controls: dict[str, Slider | Menu], thread_name: str, one_at_a_time: bool = False):
+    def __init__(self, controls: dict[str, Slider | widgets.Dropdown], thread_name: str, alone: bool = False):
         self._controls = controls
-        self.controls = {name: control.widget for name, control in controls.items()}
+        self.controls = {name: getattr(control, "widget", control) for name, control in controls.items()}
         self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), live_region()
         self._spoken.add_class("dpteach-spoken")
         self._status, self._in_progress = "", False
-        give_way = self._give_way if one_at_a_time else None
-        self._thread = WorkerThread(thread_name, self._read, self._work, self._fail, give_way)
+        self._thread = WorkerThread(thread_name, self._read, self._work, self._fail, self._halt if alone else None)
         for control in self.controls.values():
             control.observe(lambda _: self._thread.request(), "value")
 
@@ -89,7 +88,8 @@ class LivePicture:
     def _read(self) -> dict[str, Any]:
         values = self.values
         for name, control in self._controls.items():
-            control.show_digits(values[name])
+            if isinstance(control, Slider):
+                control.show_digits(values[name])
         return values
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -98,10 +98,7 @@ class LivePicture:
                 self._thread.error = error
                 self._say(f"Can't go on: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
-    def _give_way(self) -> None:
-        self._halt("Stopped, because another explorer started. Press Start to train again.")
-
-    def _halt(self, sentence: str) -> None:
+    def _halt(self, sentence: str = "Stopped, because another explorer started. Press Start to train again.") -> None:
         with self._thread.lock:
             if self._thread.cancel():
                 self._say(sentence)
@@ -154,8 +151,7 @@ class Viewer(LivePicture):
             choice("ranges", name, limits)
         self._draw = draw
         super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
-        rows = [*self.controls.values(), self._status_line, self._picture, self._spoken]
-        self.widget = accessible_box(rows)
+        self.widget = accessible_box([*self.controls.values(), self._status_line, self._picture, self._spoken])
         self._thread.request(force=True)
 
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpteach.data import Data
 from dpteach.explorer.accessibility import accessible_box, live_region
-from dpteach.explorer.controls import Menu, button, close_tree, in_a_row, number_text
+from dpteach.explorer.controls import button, close_tree, in_a_row, menu, number_text
 from dpteach.explorer.explorer import Explorer
 from dpteach.explorer.live import show_widget
 from dpteach.plots import Item, Mark, Panel, Points, alt_text, still, svg
@@ -76,17 +76,17 @@ class Playground:
         self._scenes = scenes
         self.pinned: list[Pin] = []
         self.menus = {
-            "scene": Menu("data and model", list(scenes)).widget,
-            "method": Menu("method", _METHODS).widget,
-            "optimizer": Menu("optimizer", list(OPTIMIZERS)).widget,
+            "scene": menu("data and model", list(scenes)),
+            "method": menu("method", _METHODS),
+            "optimizer": menu("optimizer", list(OPTIMIZERS)),
         }
         pin = button("Pin this run", "thumb-tack", "Keep the run's ε and accuracy", self.pin)
         clear = button("Unpin all", "trash", "Forget the runs that were kept", self._unpin)
         self._note, self._kept, self._place = live_region(), widgets.HTML(), widgets.VBox()
         rows = [*self.menus.values(), self._place, in_a_row(pin, clear, self._note), self._kept]
         self.widget = accessible_box(rows)
-        for menu in self.menus.values():
-            menu.observe(lambda _: self._open(), "value")
+        for choice in self.menus.values():
+            choice.observe(lambda _: self._open(), "value")
         self._scene: Scene | None = None
         self._open()
 
@@ -132,7 +132,7 @@ class Playground:
             return "Nothing to pin yet: wait until the run has finished."
         if not run.complete or run.exact is None or not run.baseline.complete:
             return "Nothing to pin: this run did not finish. Press Start to train again."
-        what = (menu.value for menu in self.menus.values())
+        what = (choice.value for choice in self.menus.values())
         pin = Pin(*what, run.settings, max(run.exact.values()), run.accuracy, run.baseline.accuracy)
         if pin in self.pinned:
             return f"This run is pinned already: it is run {self.pinned.index(pin) + 1}."
@@ -180,5 +180,6 @@ class Playground:
         return alt_text(self._panels())
 
     def _ipython_display_(self) -> None:
-        text = "Playground with a choice of data, method and optimizer, and a slider for every setting"
-        show_widget(self.widget, text)
+        show_widget(
+            self.widget, "Playground with a choice of data, method and optimizer, and a slider for every setting"
+        )

@@ -4,7 +4,7 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from html import escape
@@ -17,10 +17,10 @@ from torch import nn
 from dpteach import models
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.controls import Menu, Slider, button, in_a_row
+from dpteach.explorer.controls import button, in_a_row
 from dpteach.explorer.live import LivePicture
 from dpteach.explorer.thread import Job
-from dpteach.federated import Round, Worker
+from dpteach.federated import Round, Worker, WorkerStep
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings, Step
 
@@ -31,7 +31,7 @@ _TIMED = 0.5  # seconds of a run that tell its speed
 
 @dataclass
 class Curve:
-    """Points of a curve that grows: a frame must not walk through thousands of records."""
+    """A curve that grows: a frame must not walk through thousands of records."""
 
     xs: list[float] = field(default_factory=list)
     ys: list[float] = field(default_factory=list)
@@ -42,8 +42,9 @@ class Curve:
         self.ys.append(y)
 
     def line(self, role: str, label: str, dashed: bool = False) -> Line:
-        """As it is now, for a panel."""
-        return Line(self.xs, self.ys, role, label, dashed)
+        """As it is now, for a panel: it may grow in another thread, x first."""
+        n = len(self.ys)
+        return Line(self.xs[:n], self.ys[:n], role, label, dashed)
 
 
 @dataclass
@@ -51,40 +52,23 @@ class Run:
     """A training as far as it has come: all that its pictures, its price line and its summary need.
 
     An explorer's run has one worker and one round. The run without privacy beside it is a run too.
-
-    Attributes:
-        settings: of all workers, but for a σ of their own.
-        workers: who trains, and pays; empty before the first run.
-        rounds: how many.
-        model: what is trained.
-        history: the :class:`~dpteach.training.Step` s, or the :class:`~dpteach.federated.Round` s.
-        latest: what came last: a step, a worker's step or a round.
-        steps_done: of all workers.
-        losses: by worker's name.
-        epsilons: spent so far, by worker's name, by RDP.
-        accuracies: of the model, at the end of an epoch or a round.
-        exact: ε of the whole run by worker's name, by PRV; None until it is known.
-        baseline: the run without privacy, where there is one.
-        boundary: between two classes in the plane, of a run that is over.
-        duration: a sentence, where it is worth one.
-        ended: why it ended before its last step; else empty.
     """
 
-    settings: Settings
-    workers: list[Worker] = field(default_factory=list)
+    settings: Settings  # of all workers, but for a σ of their own
+    workers: list[Worker] = field(default_factory=list)  # who trains, and pays; none before the first run
     rounds: int = 1
     model: nn.Module | None = None
     history: list[Step] | list[Round] = field(default_factory=list)
-    latest: Any = None
-    steps_done: int = 0
-    losses: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
-    epsilons: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
-    accuracies: Curve = field(default_factory=Curve)
-    exact: dict[str, float] | None = None
-    baseline: "Run | None" = None
-    boundary: tuple | None = None
-    duration: str = ""
-    ended: str = ""
+    latest: Step | WorkerStep | Round | None = None
+    steps_done: int = 0  # of all workers
+    losses: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by worker's name
+    epsilons: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # spent so far, by RDP
+    accuracies: Curve = field(default_factory=Curve)  # at the end of an epoch, or a round
+    exact: dict[str, float] | None = None  # ε of the whole run by worker's name, by PRV
+    baseline: "Run | None" = None  # without privacy
+    boundary: tuple | None = None  # between two classes in the plane, where the run is over
+    duration: str = ""  # a sentence, where it is worth one
+    ended: str = ""  # why, before its last step
 
     @property
     def steps(self) -> int:
@@ -141,8 +125,14 @@ class Run:
 class LiveTraining(LivePicture):
     """A live picture of a training. One training runs at a time: a new one stops the one before it.
 
-    A subclass says what to train (:meth:`_new_run`), trains it step by step (:meth:`_steps_of`), and puts it into words
-    and panels.
+    A subclass has these methods, all of a run:
+
+    - ``_new_run(values)``: one with its workers, by the controls' values; its model comes later
+    - ``_steps_of(run, values)``: a generator that trains it, a step of a worker at a time, and keeps its record
+    - ``_panels_of(run)``: its picture
+    - ``_price_of(run)``: the price line, by ``run.exact`` or, before that is known, by ``run.bound``
+    - ``_progress_of(run, to_go)``: the status line; ``to_go`` is ", about 3 minutes to go", or nothing
+    - ``_place_of(run)``, ``_result_of(run)``: where it stands, and what it has reached, for the status line's end
 
     Attributes:
         run: the current :class:`Run`, as far as it has come.
@@ -150,8 +140,8 @@ class LiveTraining(LivePicture):
 
     _pricing = threading.Lock()  # the slow, tight ε is computed for one run at a time
 
-    def __init__(self, controls: dict[str, Slider | Menu], settings: Settings, make_model: Callable[[], nn.Module]):
-        super().__init__(controls, "dpteach-train", one_at_a_time=True)
+    def __init__(self, controls: dict[str, Any], settings: Settings, make_model: Callable[[], nn.Module]):
+        super().__init__(controls, "dpteach-train", alone=True)
         self._make_model = make_model
         self.run = Run(settings)
         self._price_line = widgets.HTML()
@@ -159,33 +149,6 @@ class LiveTraining(LivePicture):
         stop = button("Stop", "stop", "Stop training", self.stop)
         buttons = in_a_row(start, stop, self._status_line)
         self._rows_below_controls = [buttons, self._price_line, self._picture, self._spoken]
-
-    def _new_run(self, values: dict[str, Any]) -> Run:
-        """A run with its workers, by the controls' values; its model comes later."""
-        raise NotImplementedError
-
-    def _steps_of(self, run: Run, values: dict[str, Any]) -> Iterator[None]:
-        """Train ``run``, a step of a worker at a time, and keep its record."""
-        raise NotImplementedError
-
-    def _panels_of(self, run: Run) -> list[Panel]:
-        raise NotImplementedError
-
-    def _price_of(self, run: Run) -> str:
-        """The price line: what the whole run costs, by ``run.exact`` or, before that is known, ``run.bound``."""
-        raise NotImplementedError
-
-    def _progress_of(self, run: Run, to_go: str) -> str:
-        """The status line while it trains; ``to_go``: ", about 3 minutes to go", or nothing."""
-        raise NotImplementedError
-
-    def _result_of(self, run: Run) -> str:
-        """What it has reached, for the status line."""
-        raise NotImplementedError
-
-    def _place_of(self, run: Run) -> str:
-        """Where the training stands, in words: "step 3"."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Train from the beginning with the settings that the sliders show."""
