@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dpteach._checks import choice, whole
-from dpteach.guards import RANDOM_STATE
+from dpteach.randomness import RANDOM_STATE
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

@@ -3,9 +3,14 @@
 import dataclasses
 import math
 import re
+import shutil
+import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from html import escape
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -13,6 +18,7 @@ from torch import nn
 from dpteach import models, plots
 from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
+from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
@@ -392,6 +398,16 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     explorer.controls["epochs"].value = 2
     explorer.wait(30)
     assert [words.split()[0] for words in heard] == ["Training:", "Stopped", "Training:", "Finished:"]
+
+
+def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
+    folder, declared = files("dpteach.explorer"), Path(__file__).parent.with_name("pyproject.toml").read_text("utf8")
+    page_part = accessible_box([]).children[-1].value
+    style, script = (folder.joinpath(f"page.{kind}").read_text("utf8") for kind in ("css", "js"))
+    assert style in page_part and re.search('onerror="([^"]*)"', page_part)[1] == escape(script) != ""
+    assert '"explorer/*.js", "explorer/*.css"' in declared  # so that an installed package has them
+    if node := shutil.which("node"):
+        subprocess.run([node, "--check", folder / "page.js"], check=True)
 
 
 def test_the_folded_sliders_unfold_by_a_button(explore):

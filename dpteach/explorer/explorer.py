@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ class Explorer(LiveTraining):
         settings = dataclasses.replace(self._start_settings, **values)
         return Run(settings, [Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)])
 
-    def _steps_of(self, run: Run, values: dict[str, Any]) -> Iterator[None]:
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
         baseline = self._baseline_beside(run) if self._baseline else iter(())
         for step in self._train(run):
             next(baseline, None)
@@ -156,12 +156,12 @@ class Explorer(LiveTraining):
         key = (plain.batch_size, plain.epochs)
         if key not in self._baselines:
             worker = Worker(_NAME, self._data, plain, method="sgd", optimizer=self._baseline_optimizer)
-            run.baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
-            for _ in self._train(run.baseline):
-                if not run.baseline.complete:
+            run.baseline = baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
+            for _ in self._train(baseline):
+                if not baseline.complete:
                     yield
-            run.baseline.boundary = self._boundary(run.baseline.model)
-            self._baselines = {key: run.baseline}
+            baseline.boundary = self._boundary(baseline.model)
+            self._baselines = {key: baseline}
         run.baseline = self._baselines[key]
 
     def _price_of(self, run: Run) -> str:
@@ -246,7 +246,7 @@ class Explorer(LiveTraining):
         x_range = (0, max(run.settings.epochs, 2))
         return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(0, 1))
 
-    def _boundary(self, model: nn.Module) -> tuple | None:
+    def _boundary(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
         if not self._plane:
             return None
         xs, ys, grid = self._grid
@@ -258,8 +258,8 @@ class Explorer(LiveTraining):
     @functools.cached_property
     def _points(self) -> list[Points]:
         shown = self._data.take(min(200, len(self._data)))
-        places = {label: shown.X[shown.y == label].T.cpu().numpy() for label in (0, 1)}
-        return [Points(*xy, "data", f"class {label}", cross=bool(label)) for label, xy in places.items()]
+        places = [shown.X[shown.y == label].T.cpu().numpy() for label in (0, 1)]
+        return [Points(xs, ys, "data", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
 
     @functools.cached_property
     def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:

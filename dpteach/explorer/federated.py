@@ -1,7 +1,7 @@
 """Federated averaging, live: each worker's loss and ε by round, and the accuracy of the average."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from torch import nn
@@ -123,7 +123,7 @@ class FederatedExplorer(LiveTraining):
             run.epsilons[name].add(0, 0.0)
         return run
 
-    def _steps_of(self, run: Run, values: dict[str, Any]) -> Iterator[None]:
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
         events = train_steps(run.workers, run.model, run.rounds, weights=values["weights"], test_data=self._test_data)
         for event in events:
             run.latest = event
@@ -154,10 +154,10 @@ class FederatedExplorer(LiveTraining):
 
     def _progress_of(self, run: Run, to_go: str) -> str:
         event = run.latest
-        if isinstance(event, Round):
-            return f"Round {event.round} of {run.rounds} averaged: test accuracy {event.accuracy:.0%}"
-        step = f"{event.worker}'s step {event.step.step} of {event.step.steps}"
-        return f"Training: round {event.round} of {run.rounds}, {step}{to_go}"
+        if isinstance(event, WorkerStep):
+            step = f"{event.worker}'s step {event.step.step} of {event.step.steps}"
+            return f"Training: round {event.round} of {run.rounds}, {step}{to_go}"
+        return f"Round {len(run.history)} of {run.rounds} averaged: test accuracy {run.accuracy:.0%}"
 
     def _result_of(self, run: Run) -> str:
         return f"test accuracy of the average {run.accuracy:.0%}"

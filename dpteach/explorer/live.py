@@ -29,7 +29,7 @@ class LivePicture:
 
     def __init__(self, controls: dict[str, Slider | widgets.Dropdown], thread_name: str, alone: bool = False):
         self._controls = controls
-        self.controls = {name: getattr(control, "widget", control) for name, control in controls.items()}
+        self.controls = {name: c.widget if isinstance(c, Slider) else c for name, c in controls.items()}
         self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), live_region()
         self._spoken.add_class("dpteach-spoken")
         self._status, self._in_progress = "", False

@@ -128,12 +128,13 @@ class Playground:
 
     def _try_to_pin(self) -> str:
         run = self.explorer.run
+        accuracy, without = run.accuracy, run.baseline.accuracy if run.baseline else None
         if self.explorer.busy:
             return "Nothing to pin yet: wait until the run has finished."
-        if not run.complete or run.exact is None or not run.baseline.complete:
+        if not run.complete or run.exact is None or accuracy is None or without is None:
             return "Nothing to pin: this run did not finish. Press Start to train again."
-        what = (choice.value for choice in self.menus.values())
-        pin = Pin(*what, run.settings, max(run.exact.values()), run.accuracy, run.baseline.accuracy)
+        scene, method, optimizer = (choice.value for choice in self.menus.values())
+        pin = Pin(scene, method, optimizer, run.settings, max(run.exact.values()), accuracy, without)
         if pin in self.pinned:
             return f"This run is pinned already: it is run {self.pinned.index(pin) + 1}."
         self.pinned.append(pin)

@@ -112,7 +112,7 @@ class WorkerThread:
     def _end_the_one_before(self) -> None:
         with WorkerThread._one_at_a_time:
             before, WorkerThread._latest = WorkerThread._latest, self
-        if before is not None and before is not self:
+        if before is not None and before is not self and before._yield_to is not None:
             before._yield_to()
             before.wait()
 

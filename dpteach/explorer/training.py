@@ -4,13 +4,14 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,8 +58,8 @@ class Run:
     settings: Settings  # of all workers, but for a σ of their own
     workers: list[Worker] = field(default_factory=list)  # who trains, and pays; none before the first run
     rounds: int = 1
-    model: nn.Module | None = None
-    history: list[Step] | list[Round] = field(default_factory=list)
+    model: Any = None  # made when it begins
+    history: list[Any] = field(default_factory=list)  # the Steps, or the Rounds
     latest: Step | WorkerStep | Round | None = None
     steps_done: int = 0  # of all workers
     losses: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by worker's name
@@ -66,7 +67,7 @@ class Run:
     accuracies: Curve = field(default_factory=Curve)  # at the end of an epoch, or a round
     exact: dict[str, float] | None = None  # ε of the whole run by worker's name, by PRV
     baseline: "Run | None" = None  # without privacy
-    boundary: tuple | None = None  # between two classes in the plane, where the run is over
+    boundary: tuple[np.ndarray, np.ndarray] | None = None  # between two classes in the plane, where the run is over
     duration: str = ""  # a sentence, where it is worth one
     ended: str = ""  # why, before its last step
 
@@ -125,14 +126,7 @@ class Run:
 class LiveTraining(LivePicture):
     """A live picture of a training. One training runs at a time: a new one stops the one before it.
 
-    A subclass has these methods, all of a run:
-
-    - ``_new_run(values)``: one with its workers, by the controls' values; its model comes later
-    - ``_steps_of(run, values)``: a generator that trains it, a step of a worker at a time, and keeps its record
-    - ``_panels_of(run)``: its picture
-    - ``_price_of(run)``: the price line, by ``run.exact`` or, before that is known, by ``run.bound``
-    - ``_progress_of(run, to_go)``: the status line; ``to_go`` is ", about 3 minutes to go", or nothing
-    - ``_place_of(run)``, ``_result_of(run)``: where it stands, and what it has reached, for the status line's end
+    A subclass says what to train, trains it step by step, and puts it into words and panels.
 
     Attributes:
         run: the current :class:`Run`, as far as it has come.
@@ -149,6 +143,33 @@ class LiveTraining(LivePicture):
         stop = button("Stop", "stop", "Stop training", self.stop)
         buttons = in_a_row(start, stop, self._status_line)
         self._rows_below_controls = [buttons, self._price_line, self._picture, self._spoken]
+
+    def _new_run(self, values: dict[str, Any]) -> Run:
+        """A run with its workers, by the controls' values; its model comes later."""
+        raise NotImplementedError
+
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        """Train ``run``, a step of a worker at a time, and keep its record."""
+        raise NotImplementedError
+
+    def _panels_of(self, run: Run) -> list[Panel]:
+        raise NotImplementedError
+
+    def _price_of(self, run: Run) -> str:
+        """The price line, by ``run.exact`` or, before that is known, by ``run.bound``."""
+        raise NotImplementedError
+
+    def _progress_of(self, run: Run, to_go: str) -> str:
+        """The status line while it trains; ``to_go``: ", about 3 minutes to go", or nothing."""
+        raise NotImplementedError
+
+    def _place_of(self, run: Run) -> str:
+        """Where it stands: "step 3"."""
+        raise NotImplementedError
+
+    def _result_of(self, run: Run) -> str:
+        """What it has reached."""
+        raise NotImplementedError
 
     def start(self) -> None:
         """Train from the beginning with the settings that the sliders show."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ COLOURS = {
     "other worker": "#787878",
 }
 
+Values = Sequence[float] | np.ndarray
 _MOST_POINTS = 150
 
 
@@ -28,7 +28,11 @@ class Item:
 
     role: str
     label: str
-    dash = "none"  # SVG's stroke-dasharray
+
+    @property
+    def dash(self) -> str:
+        """SVG's stroke-dasharray."""
+        return "none"
 
     @property
     def colour(self) -> str:
@@ -40,9 +44,9 @@ class Item:
         """What the eye tells it by: two items of the same look can't be told apart."""
         return type(self), self.colour, self.dash
 
-    def extent(self) -> tuple[Any, Any]:
+    def extent(self) -> tuple[Values, Values]:
         """The xs and the ys that the axes are to hold."""
-        return self.xs, self.ys
+        raise NotImplementedError
 
     def svg(self, axes) -> str:
         """SVG elements, inside the axes' frame. ``axes``: :class:`~dpteach.plots.painters.SvgAxes`."""
@@ -61,11 +65,14 @@ class Item:
 class Line(Item):
     """A curve. ``xs`` and ``ys``: equally long; a NaN makes a gap. ``role``: a key of :data:`COLOURS`."""
 
-    xs: Sequence[float]
-    ys: Sequence[float]
+    xs: Values
+    ys: Values
     role: str
     label: str = ""
     dashed: bool = False
+
+    def extent(self) -> tuple[Values, Values]:
+        return self.xs, self.ys
 
     @property
     def dash(self) -> str:
@@ -87,13 +94,13 @@ class Line(Item):
 class Band(Item):
     """The area between ``low`` and ``high`` over ``xs``."""
 
-    xs: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    xs: Values
+    low: Values
+    high: Values
     role: str
     label: str = ""
 
-    def extent(self) -> tuple[Any, Any]:
+    def extent(self) -> tuple[Values, Values]:
         return self.xs, np.append(array(self.low), array(self.high))
 
     def svg(self, axes) -> str:
@@ -111,11 +118,14 @@ class Band(Item):
 class Points(Item):
     """Dots, or crosses: a second sign beside the colour."""
 
-    xs: Sequence[float]
-    ys: Sequence[float]
+    xs: Values
+    ys: Values
     role: str
     label: str = ""
     cross: bool = False
+
+    def extent(self) -> tuple[Values, Values]:
+        return self.xs, self.ys
 
     @property
     def look(self) -> tuple:
@@ -145,12 +155,12 @@ class Points(Item):
 class Bars(Item):
     """A histogram: ``edges`` has one value more than ``heights``."""
 
-    edges: Sequence[float]
-    heights: Sequence[float]
+    edges: Values
+    heights: Values
     role: str
     label: str = ""
 
-    def extent(self) -> tuple[Any, Any]:
+    def extent(self) -> tuple[Values, Values]:
         return self.edges, np.append(array(self.heights), 0.0)
 
     def svg(self, axes) -> str:
@@ -175,10 +185,13 @@ class Mark(Item):
     label: str = ""
     x: float | None = None
     y: float | None = None
-    dash = "2 2"
 
-    def extent(self) -> tuple[Any, Any]:
-        return tuple([] if at is None else [at] for at in (self.x, self.y))
+    @property
+    def dash(self) -> str:
+        return "2 2"
+
+    def extent(self) -> tuple[Values, Values]:
+        return [] if self.x is None else [self.x], [] if self.y is None else [self.y]
 
     def svg(self, axes) -> str:
         if self.x is not None:
