@@ -8,7 +8,8 @@ from typing import Any
 _AT_REST = 0.08  # seconds without another change: the slider has come to rest
 
 # A training step leaves the interpreter many times. Beside a busy cell it waits one switch interval for each return:
-# with Python's own 0.005 s, a picture that came ten times a second comes once a second; with this one, six times.
+# with this one instead of Python's own 0.005 s it makes 1.5 to 1.9 times as many steps (on two busy cores), and
+# the cell about a fifth fewer. Where no other thread wants the interpreter, it costs nothing: so it stays.
 _SWITCH_INTERVAL = 0.0005
 
 
