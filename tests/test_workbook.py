@@ -107,7 +107,7 @@ AS_IT_OPENED = """
 for live in (NAMES):
     explorer = getattr(live, "explorer", live)
     values = explorer.values
-    moved = [name for name, control in explorer._controls.items() if values[name] != control.start]
+    moved = [name for name, control in explorer._controls.items() if values[name] != getattr(control, "start", values[name])]
     moved += [name for name, menu in getattr(live, "menus", {}).items() if menu.index != 0]
     print(explorer.status.split(":")[0], "PRV" in explorer._price_line.value, explorer.begun, moved)
 """
