@@ -78,4 +78,5 @@ def test_the_readme_has_its_two_commands_each_alone_in_a_block():
 
 def test_citation_and_changelog_name_the_version_of_the_package():
     assert re.findall(r"^version: (.+)$", text("CITATION.cff"), re.MULTILINE) == [dpteach.__version__]
-    assert re.findall(r"^## \[(.+?)\]", text("CHANGELOG.md"), re.MULTILINE)[:2] == ["Unreleased", dpteach.__version__]
+    editions = re.findall(r"^## \[(\d.+?)\] - \d{4}-\d\d-\d\d$", text("CHANGELOG.md"), re.MULTILINE)
+    assert editions[0] == dpteach.__version__
