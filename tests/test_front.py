@@ -22,7 +22,7 @@ def prose(page) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """What can stand after # in a link: on GitHub for a page, in JupyterLab for a notebook."""
+    """What can stand after # in a link: a title as GitHub writes it; in a notebook, a title with - for each space."""
     if path.suffix == ".ipynb":
         cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
         return {h.replace(" ", "-") for c in cells for h in re.findall(r"^#+ (.*)$", c, re.MULTILINE)}
