@@ -213,6 +213,7 @@ exercise_4_1 = coding(
 # 4.2: how many epochs does a budget pay for?
 
 
+# fmt: off  (the solution is read by learners: formatted, its condition falls apart)
 def epochs_within(budget, n, batch_size, noise_multiplier, target_delta):
     steps_per_epoch = math.ceil(n / batch_size)
     epochs = 0
@@ -228,6 +229,9 @@ def epochs_within(budget, n, batch_size, noise_multiplier, target_delta):
     ):
         epochs += 1
     return epochs
+
+
+# fmt: on
 
 
 def paid_by(price):
