@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ CHECKSUMS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Data(torch.utils.data.Dataset):
+class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Records and their labels; also a PyTorch data set that hands out a whole batch at once.
 
     Args:
@@ -46,7 +47,7 @@ class Data(torch.utils.data.Dataset):
     X: Tensor
     y: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.X) != len(self.y) or len(self.X) == 0:
             raise ValueError(f"X and y must have the same length, at least 1, got {len(self.X)} and {len(self.y)}")
 
@@ -56,13 +57,13 @@ class Data(torch.utils.data.Dataset):
     def __repr__(self) -> str:
         return f"Data({len(self):,} records of shape {tuple(self.X.shape[1:])})"
 
-    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         return self.X[index], self.y[index]
 
     # A DataLoader asks for a whole batch through this name: no item by item collation (use an identity collate_fn).
     __getitems__ = __getitem__
 
-    def take(self, indices) -> "Data":
+    def take(self, indices: int | slice | Sequence[int] | Tensor) -> "Data":
         """The records at ``indices`` (an int count takes the first ones), as a ``Data`` of their own."""
         if isinstance(indices, int):
             indices = slice(whole("indices", indices, low=1))
@@ -116,7 +117,7 @@ def load_mnist(train: bool = True) -> Data:
 
 
 def _numbers(path: Path, header: int) -> Tensor:
-    """The bytes after the header. The files are known to the bit, and torchvision's reader would cost 160 MB of imports."""
+    """The bytes after the header. The files are known to the bit; torchvision's reader costs 160 MB of imports."""
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=header))
 
 

@@ -9,9 +9,11 @@ Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +24,8 @@ from dpteach._checks import choice, number, whole
 from dpteach.data import Data
 from dpteach.guards import copied
 from dpteach.ledger import Ledger
-from dpteach.training import Settings, Step, accuracy, begin, check
+from dpteach.settings import Settings
+from dpteach.training import Step, accuracy, begin, check, delta_warning
 
 WEIGHTS = ("size", "equal")
 
@@ -35,8 +38,7 @@ class Worker:
         name: unlike the other workers' names.
         data: the worker's private records.
         settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed``
-            may be
-            the same for all workers: name, ledger and charge go into the random numbers too. None draws from the
+            may be the same for all workers: name, ledger and charge go into the random numbers too. None draws from the
             operating system, as a release must.
         ledger: what these records have cost so far; a new one, in memory, if not given.
         method, optimizer: as for :func:`dpteach.training.train`. The optimizer starts anew in each round.
@@ -52,7 +54,7 @@ class Worker:
     method: str = "dpsgd"
     optimizer: str = "sgd"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a text that is not empty, got {self.name!r}")
         self.settings.steps_per_epoch(len(self.data))
@@ -64,6 +66,7 @@ class Worker:
 
     @property
     def steps_per_round(self) -> int:
+        """How many steps a round has: local epochs times steps in an epoch."""
         return self.settings.epochs * self.settings.steps_per_epoch(len(self.data))
 
     def train_round(self, model: nn.Module) -> Iterator[Step]:
@@ -78,6 +81,8 @@ class Worker:
         check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
         sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
         charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        if self.method != "sgd" and delta_warning(self.settings, len(self.data)):
+            warnings.warn(delta_warning(self.settings, len(self.data)), stacklevel=2)
         steps = begin(
             model,
             self.data,
@@ -96,8 +101,8 @@ class Worker:
         """
         if self.settings.seed is None:
             return None
-        told = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
+        text = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def epsilon(self, accountant: str = "prv") -> float:
         """ε of everything in the worker's ledger, at the settings' ``target_delta``."""
@@ -105,7 +110,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Turn:
+class WorkerStep:
     """One step of one worker in one round.
 
     Attributes:
@@ -147,8 +152,7 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
         models: at least one; all with the same names and shapes. A model that Opacus has wrapped has names that begin
             with ``_module.``: hand in its ``_module``.
         weights: a number >= 0 a model, not all zero; only their proportions count. All the same if not given. Weights
-            by
-            the number of records publish these numbers: take them as public, or weigh all the same.
+            by the number of records publish these numbers: take them as public, or weigh all the same.
 
     Returns:
         Names to tensors. What is the same in all models (a buffer, a frozen parameter) stays so to the bit.
@@ -179,16 +183,14 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
             unlike = sorted(name for name in {**shapes[0], **other} if shapes[0].get(name) != other.get(name))
             raise ValueError(
                 f"models must have the same names and shapes, got a model {k} that differs from model 0 at "
-                f"{unlike[0]!r}. "
-                "(Opacus' wrapper adds '_module.': hand in model._module.)"
+                f"{unlike[0]!r}. (Opacus' wrapper adds '_module.': hand in model._module.)"
             )
     for name in states[0].keys() - dict(models[0].named_parameters(remove_duplicate=False)).keys():
         if not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
             raise ValueError(
                 f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the "
-                "records that no noise "
-                "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release "
-                "only these."
+                "records that no noise covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the "
+                "others to release only these."
             )
     largest = max(weights)
     total = sum(w / largest for w in weights)
@@ -196,23 +198,27 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     def mean(values: list[Tensor]) -> Tensor:
         if all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0].clone()
-        return sum(value * (w / largest / total) for value, w in zip(values, weights))
+        return functools.reduce(torch.add, (value * (w / largest / total) for value, w in zip(values, weights)))
 
     return {name: mean([state[name] for state in states]) for name in states[0]}
 
 
-def train_turns(
+def train_steps(
     workers: Sequence[Worker], model: nn.Module, rounds: int, *, weights: str = "size", test_data: Data | None = None
-) -> Iterator[Turn | Round]:
-    """As :func:`train_rounds`, but with every step of every worker in between: for a live picture, or to stop at once."""
+) -> Iterator[WorkerStep | Round]:
+    """As :func:`train_rounds`, with every worker's steps in between: for a live picture, or to stop at once."""
     rounds, _ = whole("rounds", rounds, low=1), choice("weights", weights, WEIGHTS)
     names = [worker.name for worker in workers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"workers must be at least one, each with a name of its own, got {names!r}")
-    return _turns(workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data)
+    return _worker_steps(
+        workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data
+    )
 
 
-def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]:
+def _worker_steps(
+    workers: Sequence[Worker], model: nn.Module, rounds: int, weights: list[float], test_data: Data | None
+) -> Iterator[WorkerStep | Round]:
     for worker in workers:
         check(
             model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer
@@ -228,7 +234,7 @@ def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]
                     del at_work[name]
                     continue
                 losses[name].append(step.loss)
-                yield Turn(number_, name, step)
+                yield WorkerStep(number_, name, step)
         model.load_state_dict(federated_average(list(copies.values()), weights))
         yield Round(
             number_,
@@ -263,9 +269,9 @@ def train_rounds(
     Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
     """
     return (
-        made
-        for made in train_turns(workers, model, rounds, weights=weights, test_data=test_data)
-        if isinstance(made, Round)
+        event
+        for event in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
+        if isinstance(event, Round)
     )
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -45,7 +45,7 @@ class Charge:
 class _Account(NamedTuple):
     id: str = ""
     rows: tuple[tuple[float, float, int, int], ...] = ()  # σ, q, steps, and how many such charges came in a row
-    count: int = 0
+    charges: int = 0
     steps: int = 0
     data: bytes = b""  # the file that says so
 
@@ -69,7 +69,7 @@ class _Account(NamedTuple):
         elif rows:
             lines += b",\n"
         data = _sealed(lines + _line(row), self.id) if self.id else b""
-        return _Account(self.id, (*rows, row), self.count + 1, self.steps + steps, data)
+        return _Account(self.id, (*rows, row), self.charges + 1, self.steps + steps, data)
 
 
 class Ledger:
@@ -108,7 +108,7 @@ class Ledger:
     1.01
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, *, new: bool = False):
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, new: bool = False):
         self.path: Path | None = None
         self._seen = _Account()
         if path is None:
@@ -128,22 +128,23 @@ class Ledger:
 
     @property
     def id(self) -> str:
+        """The file's own random identity; empty in memory."""
         return self._account().id
 
     @property
     def charges(self) -> tuple[Charge, ...]:
-        return tuple(
-            itertools.chain.from_iterable(
-                itertools.repeat(Charge(*charge), times) for *charge, times in self._account().rows
-            )
-        )
+        """Every charge, in the order in which they were made."""
+        rows = self._account().rows
+        return tuple(Charge(sigma, q, steps) for sigma, q, steps, times in rows for _ in range(times))
 
     @property
     def count(self) -> int:
-        return self._account().count
+        """How many charges were made."""
+        return self._account().charges
 
     @property
     def steps(self) -> int:
+        """How many steps were paid for, at whatever setting."""
         return self._account().steps
 
     def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> int:
@@ -160,8 +161,7 @@ class Ledger:
 
         Raises:
             ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then
-                nothing
-                is written: don't train.
+                nothing is written: don't train.
             OSError: if the file can't be written. Don't train.
         """
         sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
@@ -175,17 +175,16 @@ class Ledger:
                 account = account._replace(id=secrets.token_hex(16), data=_sealed(_HEAD + lines, ""))
             charged = account.charged(sigma, q, steps)
             if self.path is not None:
-                self._write(charged.data, self.path.stat())
+                _write(self.path, charged.data, self.path.stat())
             self._seen = charged
-        return account.count
+        return account.charges
 
     def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
         """ε of everything that was charged, at ``target_delta``.
 
         Args and errors as for :func:`dpteach.accounting.epsilon`. Charges with different σ or q are composed as they
         are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is
-        first
-        rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
+        first rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
         """
         *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
         stretches: dict[tuple[float, float], int] = {}
@@ -208,7 +207,7 @@ class Ledger:
         with self._locked(new=True):
             if os.path.lexists(self.path):  # another process was quicker
                 raise ValueError(f"path must be a new file with new=True, got {str(path)!r}")
-            self._write(account.data)
+            _write(self.path, account.data)
         self._seen = account
 
     @contextlib.contextmanager
@@ -238,7 +237,7 @@ class Ledger:
         seen = self._seen  # looked at before the file is: another thread may charge in between
         if self.path is None:
             return seen
-        data = self._read(write)
+        data = self._read(self.path, write)
         if seen.data and data == seen.data:
             return seen
         try:
@@ -253,16 +252,16 @@ class Ledger:
         self._seen = account
         return account
 
-    def _read(self, write: bool) -> bytes:
+    def _read(self, path: Path, write: bool) -> bytes:
         flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS
         try:
-            with open(os.open(self.path, flags), "rb") as file:
+            with open(os.open(path, flags), "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise self._damaged("it is not a file")
                 if found.st_nlink > 1:
                     raise ValueError(
-                        f"{self.path} must have one name, got {found.st_nlink} hard links: the next charge would make "
+                        f"{path} must have one name, got {found.st_nlink} hard links: the next charge would make "
                         "two ledgers of them. Remove the other names"
                     )
                 return file.read()
@@ -273,32 +272,33 @@ class Ledger:
                 raise self._damaged("it is not a file any more") from None
             raise
 
-    def _write(self, data: bytes, old: os.stat_result | None = None) -> None:
-        part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.part")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o600)
+
+def _write(path: Path, data: bytes, old: os.stat_result | None = None) -> None:
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            if old is not None and os.name == "posix":
+                with contextlib.suppress(PermissionError):  # only root can give a file away
+                    os.fchown(descriptor, old.st_uid, old.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(part, path)  # whole or not at all
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+    if os.name == "posix":  # the new name must be on the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with open(descriptor, "wb") as file:
-                if old is not None and os.name == "posix":
-                    with contextlib.suppress(PermissionError):  # only root can give a file away
-                        os.fchown(descriptor, old.st_uid, old.st_gid)
-                    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-                file.write(data)
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(part, self.path)  # whole or not at all
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
-        if os.name == "posix":  # the new name must be on the disk too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def _line(row: tuple) -> bytes:
+def _line(row: tuple[float, float, int, int]) -> bytes:
     return json.dumps(row)[1:-1].encode()
 
 
@@ -308,7 +308,7 @@ def _sealed(lines: bytes, name: str) -> bytes:
 
 
 def _parsed(data: bytes) -> _Account:
-    def refused(constant: str):
+    def refused(constant: str) -> Any:
         raise ValueError(f"it holds {constant}")
 
     content = json.loads(data, parse_constant=refused)
@@ -323,7 +323,7 @@ def _parsed(data: bytes) -> _Account:
     return _account_of(content["charges"], content["id"], data)
 
 
-def _parsed_first_edition(content: dict, data: bytes) -> _Account:
+def _parsed_first_edition(content: dict[str, Any], data: bytes) -> _Account:
     entries = content["charges"]
     if content["sha256"] != hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest():
         raise ValueError("its checksum does not fit its charges")
@@ -332,7 +332,7 @@ def _parsed_first_edition(content: dict, data: bytes) -> _Account:
     return _account_of(list(itertools.chain.from_iterable(rows)), "", data)
 
 
-def _account_of(cells: list, name: str, data: bytes) -> _Account:
+def _account_of(cells: list[Any], name: str, data: bytes) -> _Account:
     """``cells``: the rows one after the other; 100,000 lists would take longer to read."""
     if not cells:
         return _Account(name, data=data)

@@ -16,10 +16,9 @@ from torch.func import functional_call, grad_and_value, vmap
 from dpteach._checks import clipping_norm, number, whole
 from dpteach.bookkeeping import clipped_sum_of_layers, plain_layers
 from dpteach.guards import check_alone, check_model
-from dpteach.randomness import SystemRandom
+from dpteach.randomness import Random, SystemRandom
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-Random = torch.Generator | SystemRandom
 
 
 def poisson_batches(n: int, sample_rate: float, steps: int, generator: Random | None = None) -> Iterator[Tensor]:
@@ -92,7 +91,7 @@ def _gradients_and_losses(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tenso
     check_alone(model, X)
     X = X.clone()  # a layer that works in place must not change the caller's records
 
-    def loss_of_one(parameters, x, target):
+    def loss_of_one(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         placed = {place: parameters[name] for place, name in _places(model)}
         output = functional_call(model, placed, (x.unsqueeze(0),), tie_weights=False)
         return _one_number(loss_fn(output, target.unsqueeze(0)))
@@ -125,8 +124,7 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
     Returns:
         ``(B, P)``, float32 where the input is of half precision. A row whose norm is at most C is unchanged. A row with
-        a NaN
-        or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
+        a NaN or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
 
     Raises:
         ValueError: if C is out of its range, or the gradients are not ``(B, P)``.
@@ -153,15 +151,17 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, and lose digits over millions of entries."""
-    if rows.dtype != torch.float64 or rows.numel() == 0:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    largest = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
-    return largest * torch.linalg.vector_norm(rows / largest.unsqueeze(1), dim=1)
+    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
+    scale = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    if rows.dtype == torch.float64 and rows.numel():
+        scale = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
+        rows = rows / scale.unsqueeze(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return scale * norms
 
 
 def clipped_sum(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor, max_grad_norm: float) -> Tensor:
-    """The sum over the batch of the clipped per-sample gradients: ``clip(per_sample_gradients(...), C).sum(0)``, faster.
+    """The sum of the clipped per-sample gradients: ``clip(per_sample_gradients(...), C).sum(0)``, faster.
 
     Args and errors as for :func:`per_sample_gradients` and :func:`clip`.
 
@@ -229,7 +229,7 @@ def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, gen
 
 
 def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:
-    """What to multiply rows of these norms by: C/norm where that is below 1, a hair less, since ``dtype`` rounds; 0 for NaN."""
+    """What to multiply rows of these norms by: C/norm, a hair less since ``dtype`` rounds, at most 1; 0 for NaN."""
     C = clipping_norm(max_grad_norm)
     if math.isinf(C):
         return norms.isfinite().double()
@@ -238,7 +238,7 @@ def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Te
 
 
 def sample_losses(loss_fn: LossFn, outputs: Tensor, y: Tensor) -> Tensor:
-    """``(B,)``: ``loss_fn`` of each sample alone, so that a loss that sums or weights over the batch can't couple the samples."""
+    """``(B,)``: ``loss_fn`` of each sample alone: a loss that sums or weights over the batch can't couple them."""
     if loss_fn is F.cross_entropy and outputs.dim() == 2:
         return F.cross_entropy(outputs, y, reduction="none")
     return vmap(lambda output, target: _one_number(loss_fn(output.unsqueeze(0), target.unsqueeze(0))))(outputs, y)

@@ -19,7 +19,7 @@ _BADGE = re.compile(rf"\n(\[!\[Open in Colab\]\([^\n]*|{'|'.join(map(re.escape, 
 
 def address(root: Path = ROOT) -> str:
     """``OWNER/REPO``, as ``pyproject.toml`` names it: the one place."""
-    return _ADDRESS.search((root / "pyproject.toml").read_text(encoding="utf8")).group(2)
+    return _ADDRESS.findall((root / "pyproject.toml").read_text(encoding="utf8"))[0][1]
 
 
 def badge(repository: str, notebook: str) -> str:
