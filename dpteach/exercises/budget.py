@@ -213,24 +213,20 @@ exercise_4_1 = coding(
 # 4.2: how many epochs does a budget pay for?
 
 
-# fmt: off  (the solution is read by learners: formatted, its condition falls apart)
+# A formatter pulls the condition of this solution, which learners read, into pieces.
+# fmt: off
 def epochs_within(budget, n, batch_size, noise_multiplier, target_delta):
     steps_per_epoch = math.ceil(n / batch_size)
     epochs = 0
-    while (
-        epsilon(
-            noise_multiplier=noise_multiplier,
-            sample_rate=1 / steps_per_epoch,
-            steps=(epochs + 1) * steps_per_epoch,  # would one more epoch still be within the budget?
-            target_delta=target_delta,
-            accountant="rdp",
-        )
-        <= budget
-    ):
+    while epsilon(
+        noise_multiplier=noise_multiplier,
+        sample_rate=1 / steps_per_epoch,
+        steps=(epochs + 1) * steps_per_epoch,  # would one more epoch still be within the budget?
+        target_delta=target_delta,
+        accountant="rdp",
+    ) <= budget:
         epochs += 1
     return epochs
-
-
 # fmt: on
 
 

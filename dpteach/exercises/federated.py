@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpteach.accounting import Ledger, epsilon
+from dpteach.accounting import epsilon
 from dpteach.exercises.core import (
     Complaint,
     Wrong,
@@ -24,6 +24,7 @@ from dpteach.exercises.core import (
     unattempted,
     value,
 )
+from dpteach.ledger import Ledger
 
 # 6.1: the weighted average
 

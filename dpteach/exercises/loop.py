@@ -11,7 +11,8 @@ from dpteach.data import Data, two_moons
 from dpteach.exercises.core import Complaint, Wrong, as_number, attempted, choose, coding, value
 from dpteach.mechanism import per_sample_gradients
 from dpteach.models import mlp
-from dpteach.training import Settings, train
+from dpteach.settings import Settings
+from dpteach.training import train
 
 # 1.1: which line learns?
 

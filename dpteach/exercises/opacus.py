@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from dpteach.accounting import Ledger
 from dpteach.data import two_moons
 from dpteach.exercises.core import (
     Complaint,
@@ -27,6 +26,7 @@ from dpteach.exercises.core import (
     unattempted,
     value,
 )
+from dpteach.ledger import Ledger
 from dpteach.models import mlp
 
 # 5.1: what ε depends on
