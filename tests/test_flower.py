@@ -29,6 +29,8 @@ if not installed():
     if os.environ.get("CI") and sys.version_info >= (3, 11):
         pytest.fail(MISSING, pytrace=False)
     pytest.skip(MISSING, allow_module_level=True)
+if os.name == "nt":
+    pytest.skip("a federation runs on Linux and macOS", allow_module_level=True)
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
@@ -51,6 +53,13 @@ RUN_CONFIG = {
 
 
 CENTRAL = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+
+
+def test_windows_is_told_at_once_that_no_federation_runs_there(monkeypatch):
+    monkeypatch.setattr("dpteach.flower.federation._WINDOWS", True)
+    for make in (lambda: Federation([Node("alice"), Node("bob")]), lambda: Simulation(2)):
+        with pytest.raises(RuntimeError, match="runs on Linux and macOS, got Windows: .* WSL"):
+            make()
 
 
 def owed(name, rounds):

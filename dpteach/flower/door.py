@@ -54,7 +54,9 @@ def make(folder: Path) -> None:
     (folder / COMMANDS).mkdir()
     for entry in metadata.distribution("flwr").entry_points.select(group="console_scripts"):
         script = folder / COMMANDS / entry.name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name} "$@"\n')
+        script.write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name} "$@"\n', encoding="utf8"
+        )
         script.chmod(0o700)
 
 
