@@ -2,11 +2,11 @@
 
 The rooms, from the ground up (each imports only from those before it):
 
-- ``randomness``, ``guards``, ``bookkeeping``: random numbers for a release, what a model must be, a quick sum of
-  clipped gradients
+- ``settings``, ``randomness``, ``guards``, ``bookkeeping``, ``optim``: what a run is made of, random numbers, what a
+  model must be, a quick sum of clipped gradients, what takes the step
 - ``data``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what to train, the four moves of
   DP-SGD, ε, and a file that keeps count
-- ``training``: one generator for every way to train
+- ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
 - ``attacks``, ``experiments``: membership inference; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
@@ -19,51 +19,19 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Data": "data",
-    "load_mnist": "data",
-    "split": "data",
-    "two_moons": "data",
-    "poisson_batches": "mechanism",
-    "per_sample_gradients": "mechanism",
-    "clip": "mechanism",
-    "clipped_sum": "mechanism",
-    "add_noise": "mechanism",
-    "SystemRandom": "randomness",
-    "Ledger": "ledger",
-    "epsilon": "accounting",
-    "epsilon_path": "accounting",
-    "noise_multiplier_for": "accounting",
-    "Worker": "federated",
-    "federated_average": "federated",
-    "train_rounds": "federated",
-    "Settings": "training",
-    "Step": "training",
-    "train": "training",
-    "Explorer": "explorer",
-    "Viewer": "explorer",
-    "Range": "explorer",
-    "FederatedExplorer": "explorer",
-    "Playground": "explorer",
-    "Scene": "explorer",
+_NAMES = {
+    "data": "Data load_mnist split two_moons",
+    "settings": "Settings",
+    "randomness": "SystemRandom",
+    "mechanism": "poisson_batches per_sample_gradients clip clipped_sum add_noise",
+    "accounting": "epsilon epsilon_path noise_multiplier_for",
+    "ledger": "Ledger",
+    "training": "Step train",
+    "federated": "Worker federated_average train_rounds",
+    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
 }
-_ROOMS = (
-    "accounting",
-    "attacks",
-    "data",
-    "exercises",
-    "experiments",
-    "explorer",
-    "federated",
-    "flower",
-    "guards",
-    "ledger",
-    "mechanism",
-    "models",
-    "plots",
-    "randomness",
-    "training",
-)
+_HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
+_ROOMS = sorted({*_NAMES, "attacks", "exercises", "experiments", "flower", "guards", "models", "optim", "plots"})
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

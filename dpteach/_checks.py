@@ -45,7 +45,7 @@ def choice(name: str, value, allowed) -> str:
 
 
 def clipping_norm(value) -> float:
-    """``value`` as C: a number > 0, infinity allowed, and not so small that float32 loses the gradients it is to bound."""
+    """``value`` as C: a number > 0, or infinity; not so small that float32 loses the gradients that it bounds."""
     C = number("max_grad_norm", value, low=0, above=True, below=False)
     if C < 1e-20:
         raise ValueError(

@@ -123,7 +123,7 @@ class _LayerTape:
 
 
 def _squared(rows: Tensor) -> Tensor:
-    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, and lose digits over millions of entries."""
+    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 

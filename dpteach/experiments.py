@@ -169,7 +169,7 @@ def _two_workers_plain() -> Iterator[dict]:
 
 
 def _twenty_clients() -> Iterator[dict]:
-    """Twenty virtual clients on Flower's Ray engine, 3,000 MNIST images each, ten rounds of one local epoch, a row a round.
+    """Twenty virtual clients on Flower's Ray engine, 3,000 MNIST images each, ten rounds of one epoch, a row a round.
 
     First with privacy for each image, added by each client; then with privacy for each client, added by the server.
     """

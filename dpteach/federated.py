@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from dpteach._checks import choice, number, whole
 from dpteach.data import Data
 from dpteach.guards import copied
 from dpteach.ledger import Ledger
-from dpteach.training import Settings, Step, accuracy, begin, check
+from dpteach.training import Settings, Step, accuracy, begin, check, delta_warning
 
 WEIGHTS = ("size", "equal")
 
@@ -64,6 +65,7 @@ class Worker:
 
     @property
     def steps_per_round(self) -> int:
+        """How many steps a round has: local epochs times steps in an epoch."""
         return self.settings.epochs * self.settings.steps_per_epoch(len(self.data))
 
     def train_round(self, model: nn.Module) -> Iterator[Step]:
@@ -78,6 +80,8 @@ class Worker:
         check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
         sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
         charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        if self.method != "sgd" and delta_warning(self.settings, len(self.data)):
+            warnings.warn(delta_warning(self.settings, len(self.data)), stacklevel=2)
         steps = begin(
             model,
             self.data,
@@ -105,7 +109,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Turn:
+class WorkerStep:
     """One step of one worker in one round.
 
     Attributes:
@@ -201,18 +205,20 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     return {name: mean([state[name] for state in states]) for name in states[0]}
 
 
-def train_turns(
+def train_steps(
     workers: Sequence[Worker], model: nn.Module, rounds: int, *, weights: str = "size", test_data: Data | None = None
-) -> Iterator[Turn | Round]:
-    """As :func:`train_rounds`, but with every step of every worker in between: for a live picture, or to stop at once."""
+) -> Iterator[WorkerStep | Round]:
+    """As :func:`train_rounds`, with every worker's steps in between: for a live picture, or to stop at once."""
     rounds, _ = whole("rounds", rounds, low=1), choice("weights", weights, WEIGHTS)
     names = [worker.name for worker in workers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"workers must be at least one, each with a name of its own, got {names!r}")
-    return _turns(workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data)
+    return _worker_steps(
+        workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data
+    )
 
 
-def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]:
+def _worker_steps(workers, model, rounds, weights, test_data) -> Iterator[WorkerStep | Round]:
     for worker in workers:
         check(
             model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer
@@ -228,7 +234,7 @@ def _turns(workers, model, rounds, weights, test_data) -> Iterator[Turn | Round]
                     del at_work[name]
                     continue
                 losses[name].append(step.loss)
-                yield Turn(number_, name, step)
+                yield WorkerStep(number_, name, step)
         model.load_state_dict(federated_average(list(copies.values()), weights))
         yield Round(
             number_,
@@ -264,7 +270,7 @@ def train_rounds(
     """
     return (
         made
-        for made in train_turns(workers, model, rounds, weights=weights, test_data=test_data)
+        for made in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
         if isinstance(made, Round)
     )
 

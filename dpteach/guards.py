@@ -4,7 +4,6 @@ import array
 import collections
 import copy
 import io
-import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpteach.randomness import RANDOM_STATE
+
 _PROBED: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
-RANDOM_STATE = threading.RLock()  # held by whoever swaps PyTorch's global random state, which all threads share
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -25,7 +25,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what can be seen without a record: nothing to train, or a layer that is known to mix samples or to keep them.
+    """Refuse what can be seen without a record: nothing to train, a layer known to mix samples or to keep them.
 
     Raises:
         ValueError: names the layer and what to use instead.
@@ -59,11 +59,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
-    """Refuse a model that mixes the samples of a batch, or keeps something of them: a probe on a few records, once a model.
+    """Refuse a model that mixes the samples of a batch, or keeps something of them: a probe on a few records.
 
-    Copies of the model run on one record alone, beside others, and beside others again, with the same random numbers.
-    The output for the record must stay what it was. Two copies that saw different records must hold the same
-    afterwards, in all their attributes. A probe finds what shows on these records; it is no proof.
+    Made once a model. Copies of it run on one record alone, beside others, and beside others again, with the same
+    random numbers. The output for the record must stay what it was. Two copies that saw different records must hold
+    the same afterwards, in all their attributes. A probe finds what shows on these records; it is no proof.
 
     Args:
         model: left as it was, but for what its first pass makes whatever the records are (a mask that it keeps).
@@ -323,6 +323,7 @@ def _options(layer: nn.Module) -> tuple:
 
 
 def same_shape(a: tuple, b: tuple) -> bool:
+    """Whether two answers of :func:`shape_of` are of one model that has stayed what it was."""
     return len(a) == len(b) and all(x[0]() is y[0]() is not None and x[1:] == y[1:] for x, y in zip(a, b))
 
 

@@ -132,10 +132,12 @@ class Ledger:
 
     @property
     def id(self) -> str:
+        """The file's own random identity; empty in memory."""
         return self._account().id
 
     @property
     def charges(self) -> tuple[Charge, ...]:
+        """Every charge, in the order in which they were made."""
         return tuple(
             itertools.chain.from_iterable(
                 itertools.repeat(Charge(*charge), times) for *charge, times in self._account().rows
@@ -144,10 +146,12 @@ class Ledger:
 
     @property
     def count(self) -> int:
+        """How many charges were made."""
         return self._account().count
 
     @property
     def steps(self) -> int:
+        """How many steps were paid for, at whatever setting."""
         return self._account().steps
 
     def charge(self, *, noise_multiplier: float, sample_rate: float, steps: int) -> int:

@@ -16,10 +16,9 @@ from torch.func import functional_call, grad_and_value, vmap
 from dpteach._checks import clipping_norm, number, whole
 from dpteach.bookkeeping import clipped_sum_of_layers, plain_layers
 from dpteach.guards import check_alone, check_model
-from dpteach.randomness import SystemRandom
+from dpteach.randomness import Random, SystemRandom
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-Random = torch.Generator | SystemRandom
 
 
 def poisson_batches(n: int, sample_rate: float, steps: int, generator: Random | None = None) -> Iterator[Tensor]:
@@ -153,7 +152,7 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, and lose digits over millions of entries."""
+    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
     if rows.dtype != torch.float64 or rows.numel() == 0:
         return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     largest = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
@@ -161,7 +160,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def clipped_sum(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor, max_grad_norm: float) -> Tensor:
-    """The sum over the batch of the clipped per-sample gradients: ``clip(per_sample_gradients(...), C).sum(0)``, faster.
+    """The sum of the clipped per-sample gradients: ``clip(per_sample_gradients(...), C).sum(0)``, faster.
 
     Args and errors as for :func:`per_sample_gradients` and :func:`clip`.
 
@@ -229,7 +228,7 @@ def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, gen
 
 
 def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:
-    """What to multiply rows of these norms by: C/norm where that is below 1, a hair less, since ``dtype`` rounds; 0 for NaN."""
+    """What to multiply rows of these norms by: C/norm, a hair less since ``dtype`` rounds, at most 1; 0 for NaN."""
     C = clipping_norm(max_grad_norm)
     if math.isinf(C):
         return norms.isfinite().double()
@@ -238,7 +237,7 @@ def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Te
 
 
 def sample_losses(loss_fn: LossFn, outputs: Tensor, y: Tensor) -> Tensor:
-    """``(B,)``: ``loss_fn`` of each sample alone, so that a loss that sums or weights over the batch can't couple the samples."""
+    """``(B,)``: ``loss_fn`` of each sample alone: a loss that sums or weights over the batch can't couple them."""
     if loss_fn is F.cross_entropy and outputs.dim() == 2:
         return F.cross_entropy(outputs, y, reduction="none")
     return vmap(lambda output, target: _one_number(loss_fn(output.unsqueeze(0), target.unsqueeze(0))))(outputs, y)

@@ -14,7 +14,7 @@ from dpteach import models
 from dpteach.accounting import Ledger, epsilon
 from dpteach.data import split, two_moons
 from dpteach.experiments import load, two_workers_run
-from dpteach.federated import Round, Turn, Worker, federated_average, train_rounds, train_turns
+from dpteach.federated import Round, Worker, WorkerStep, federated_average, train_rounds, train_steps
 from dpteach.training import Settings, train
 
 SETTINGS = Settings(noise_multiplier=1.2, epochs=1, batch_size=50, lr=0.5)
@@ -146,9 +146,9 @@ def test_both_private_methods_spend_the_same_and_learn(method):
 
 
 def test_the_turns_hold_the_same_rounds_and_every_step_of_every_worker():
-    made = list(train_turns(pair(), models.mlp(), 2))
+    made = list(train_steps(pair(), models.mlp(), 2))
     assert [t for t in made if isinstance(t, Round)] == list(train_rounds(pair(), models.mlp(), 2))
-    turns = [(t.round, t.worker, t.step.step) for t in made if isinstance(t, Turn)]
+    turns = [(t.round, t.worker, t.step.step) for t in made if isinstance(t, WorkerStep)]
     assert turns == [(r, w, s) for r in (1, 2) for s in (1, 2, 3, 4) for w in ("alice", "bob")]
 
 
@@ -168,7 +168,7 @@ def test_the_model_becomes_the_weighted_average_of_the_workers():
 
 def test_an_empty_batch_does_not_make_a_rounds_loss_nan():
     worker = Worker("tiny", MOONS.take(30), Settings(1.0, max_grad_norm=0.1, epochs=5, batch_size=1, lr=0.1))
-    losses = [t.step.loss for t in train_turns([worker], models.mlp(), 1) if isinstance(t, Turn)]
+    losses = [t.step.loss for t in train_steps([worker], models.mlp(), 1) if isinstance(t, WorkerStep)]
     *_, made = train_rounds([Worker("tiny", worker.data, worker.settings)], models.mlp(), 1)
     assert any(map(math.isnan, losses)) and math.isfinite(made.losses["tiny"])
 

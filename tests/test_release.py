@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from dpteach import models, training
+from dpteach import models, randomness
 from dpteach.data import Data, two_moons
 from dpteach.federated import Worker
 from dpteach.mechanism import add_noise, poisson_batches
@@ -152,5 +152,5 @@ def test_two_workers_with_one_ledger_never_get_one_stream(tmp_path):
 
 
 def test_sampling_noise_and_dropout_have_streams_of_their_own():
-    seeds = [s for seed in range(50) for s in training._seeds(seed)]
+    seeds = [s for seed in range(50) for s in randomness.seeds(seed)]
     assert len(set(seeds)) == 150

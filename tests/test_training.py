@@ -13,11 +13,13 @@ from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import DPOptimizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dpteach import models, training
+from dpteach import models, training, with_opacus
 from dpteach.accounting import epsilon
 from dpteach.data import Data, two_moons
 from dpteach.mechanism import poisson_batches
-from dpteach.training import METHODS, OPTIMIZERS, WITHOUT_IMPORTS, Settings, train
+from dpteach.optim import FOR_OPACUS, OPTIMIZERS
+from dpteach.randomness import generators
+from dpteach.training import METHODS, Settings, train
 
 MOONS = two_moons(60, seed=1)
 SETTINGS = Settings(epochs=3, batch_size=20, target_delta=1e-5, max_grad_norm=0.5, noise_multiplier=1.0)
@@ -44,7 +46,7 @@ def weights_by_step(model, *args, **kwargs):
 def test_without_noise_clipping_and_sampling_every_method_is_plain_gradient_descent(method, optimizer):
     settings = replace(SETTINGS, batch_size=60, epochs=5, lr=0.1, **PLAIN)
     model, reference = models.mlp(), models.mlp()
-    plain = OPTIMIZERS[optimizer](reference.parameters(), lr=0.1)
+    plain = FOR_OPACUS[optimizer](reference.parameters(), lr=0.1)
     for now in weights_by_step(model, MOONS, settings, method=method, optimizer=optimizer):
         plain.zero_grad()
         F.cross_entropy(reference(MOONS.X), MOONS.y).backward()
@@ -89,7 +91,7 @@ def test_a_step_is_the_step_of_opacus_given_the_same_batch_and_noise(monkeypatch
     """
     settings = replace(SETTINGS, batch_size=len(data) // 3, epochs=2, max_grad_norm=0.7, noise_multiplier=1.3, lr=0.05)
     n, q = len(data), settings.sample_rate(len(data))
-    sampling, noise = training._generators(settings.seed)
+    sampling, noise = generators(settings.seed)
     model, reference = make(), make()
     sizes = [p.numel() for p in reference.parameters()]
     draws = (part for _ in iter(int, 1) for part in torch.randn(sum(sizes), generator=noise).split(sizes))
@@ -100,7 +102,7 @@ def test_a_step_is_the_step_of_opacus_given_the_same_batch_and_noise(monkeypatch
     monkeypatch.setattr(opacus.optimizers.optimizer, "_generate_noise", our_noise)
     wrapped = GradSampleModule(reference)
     theirs = DPOptimizer(
-        OPTIMIZERS[optimizer](reference.parameters(), lr=settings.lr),
+        FOR_OPACUS[optimizer](reference.parameters(), lr=settings.lr),
         noise_multiplier=settings.noise_multiplier,
         max_grad_norm=settings.max_grad_norm,
         expected_batch_size=n * q,
@@ -266,8 +268,8 @@ def test_an_opacus_run_has_the_steps_that_its_epsilon_pays_for_and_its_divisor_a
     assert {49, 93} <= set(traps) and len(traps) > 30
     ratios = [2, 3, 10, 235, 400, *traps]
     sampled, expected = [], []
-    accumulate, sample = DPOptimizer.clip_and_accumulate, training.poisson_batches
-    monkeypatch.setattr(training, "poisson_batches", lambda *args: sampled.append(args[:3]) or sample(*args))
+    accumulate, sample = DPOptimizer.clip_and_accumulate, with_opacus.poisson_batches
+    monkeypatch.setattr(with_opacus, "poisson_batches", lambda *args: sampled.append(args[:3]) or sample(*args))
     monkeypatch.setattr(
         DPOptimizer, "clip_and_accumulate", lambda self: expected.append(self.expected_batch_size) or accumulate(self)
     )
@@ -416,9 +418,7 @@ def test_batch_norm_is_refused(method):
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_the_light_optimizer_is_torchs_to_the_bit(optimizer):
     models_ = [models.mlp(), models.mlp()]
-    torchs, light = (
-        make[optimizer](m.parameters(), lr=0.02) for make, m in zip((OPTIMIZERS, WITHOUT_IMPORTS), models_)
-    )
+    torchs, light = (make[optimizer](m.parameters(), lr=0.02) for make, m in zip((FOR_OPACUS, OPTIMIZERS), models_))
     for seed in range(5):
         for model, each in zip(models_, (torchs, light)):
             each.zero_grad()

@@ -15,7 +15,7 @@ from dpteach._checks import choice
 from dpteach.accounting import epsilon
 from dpteach.data import Data, split
 from dpteach.explorer.live import Pace, Range, Trainer, control_style, diverged, figure, minutes, new_model, slider_for
-from dpteach.federated import WEIGHTS, Round, Turn, Worker, train_turns
+from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
 from dpteach.plots import Line, Panel, svg
 from dpteach.training import Settings
 
@@ -205,7 +205,7 @@ class FederatedExplorer(Trainer):
     def _work_on(self, values: dict[str, Any], generation: int) -> None:
         run = self._new_run(values)
         model = new_model(self._make_model, self._settings.seed)
-        made_so_far = train_turns(run.workers, model, run.rounds, weights=values["weights"], test_data=self._test_data)
+        made_so_far = train_steps(run.workers, model, run.rounds, weights=values["weights"], test_data=self._test_data)
         with self._changed:
             if generation != self._generation:
                 return
@@ -215,7 +215,7 @@ class FederatedExplorer(Trainer):
         for made in made_so_far:
             if generation != self._generation:
                 return
-            if isinstance(made, Turn):
+            if isinstance(made, WorkerStep):
                 run.turns += 1
                 left = pace.minutes_left(run.turns, steps)
                 if self._foretell(run, generation, left, steps):
