@@ -16,10 +16,10 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -34,6 +34,7 @@ _WINDOWS = os.name == "nt"
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 _IN_MEMORY = threading.Lock()
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ class Ledger:
                 os.close(folder)
 
 
-def _patiently(action, *args):
+def _patiently(action: Callable[..., _T], *args: Any) -> _T:
     """``action(*args)``; on Windows again for a second, which refuses while another process has the file open."""
     deadline = time.monotonic() + 1
     while True:

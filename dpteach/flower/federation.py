@@ -104,8 +104,8 @@ class _Local:
             raise RuntimeError(MISSING)
         if _WINDOWS:  # it starts NAME.exe there, and never the scripts that door.make writes
             raise RuntimeError(
-                "A federation on one machine runs on Linux and macOS, got Windows: there Flower starts its helpers past "
-                "the door that keeps other accounts out. Use Linux, for example in WSL."
+                "A federation on one machine runs on Linux and macOS, got Windows: there Flower starts its helpers "
+                "past the door that keeps other accounts out. Use Linux, for example in WSL."
             )
         self._start_timeout = number("start_timeout", start_timeout, low=0, above=True)
         self._keeper: subprocess.Popen | None = None
