@@ -3,9 +3,13 @@
 import math
 import numbers
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 
-def number(name: str, value, *, low: float, above: bool = False, high: float = math.inf, below: bool = True) -> float:
+def number(
+    name: str, value: Any, *, low: float, above: bool = False, high: float = math.inf, below: bool = True
+) -> float:
     """``value`` as a float, if it lies in the range; else ``ValueError`` naming the argument.
 
     Args:
@@ -28,7 +32,7 @@ def number(name: str, value, *, low: float, above: bool = False, high: float = m
     raise ValueError(f"{name} must be a number {allowed}, got {_shown(value)}")
 
 
-def whole(name: str, value, *, low: int, high: float = math.inf) -> int:
+def whole(name: str, value: Any, *, low: int, high: float = math.inf) -> int:
     """``value`` as an int, if it is a whole number in the range; else ``ValueError`` naming the argument."""
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if real and low <= value <= high and value != math.inf and value == int(value):
@@ -37,14 +41,14 @@ def whole(name: str, value, *, low: int, high: float = math.inf) -> int:
     raise ValueError(f"{name} must be a whole number {allowed}, got {_shown(value)}")
 
 
-def choice(name: str, value, allowed) -> str:
+def choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """``value``, if it is one of ``allowed``; else ``ValueError`` that lists them."""
     if value in tuple(allowed):
         return value
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def clipping_norm(value) -> float:
+def clipping_norm(value: Any) -> float:
     """``value`` as C: a number > 0, or infinity; not so small that float32 loses the gradients that it bounds."""
     C = number("max_grad_norm", value, low=0, above=True, below=False)
     if C < 1e-20:
@@ -54,7 +58,7 @@ def clipping_norm(value) -> float:
     return C
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     try:
         return repr(value)
     except ValueError:  # Python prints no int of more than 4,300 digits

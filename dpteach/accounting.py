@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -156,8 +157,8 @@ def noise_multiplier_for(
     most = 10_000.0
     if cost(most) > target_epsilon:
         raise ValueError(
-            f"target_epsilon must be reachable with a noise_multiplier up to 10000, got {target_epsilon!r} "
-            f"(accountant {accountant!r}, sample_rate {sample_rate!r}, {steps} steps): raise target_epsilon"
+            f"target_epsilon must be reachable with a noise_multiplier up to 10000, got {target_epsilon!r} (accountant "
+            f"{accountant!r}, sample_rate {sample_rate!r}, {steps} steps): raise target_epsilon"
         )
     slow = accountant in ("prv", "pld")
     high = _halved(lambda sigma: cost(sigma, "rdp" if slow else accountant) <= target_epsilon, _LEAST_NOISE, most)
@@ -193,13 +194,20 @@ def _closed_in(cost: Callable[[float], float], target: float, high: float) -> fl
     return high
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in ("Charge", "Ledger"):  # they lived here
         return getattr(importlib.import_module("dpteach.ledger"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alphas):
+def _checked(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    target_delta: float,
+    accountant: str,
+    alphas: Sequence[float] | None,
+) -> tuple[float, float, int, float, str, tuple[float, ...] | None]:
     choice("accountant", accountant, ACCOUNTANTS)
     if alphas is not None:
         if accountant not in _ALPHAS:
@@ -224,7 +232,9 @@ def _checked(noise_multiplier, sample_rate, steps, target_delta, accountant, alp
 _History = tuple[tuple[float, float, int], ...]
 
 
-def _of_history(history: _History, delta: float, accountant: str, alphas=None, share: int = 1) -> float:
+def _of_history(
+    history: _History, delta: float, accountant: str, alphas: Sequence[float] | None = None, share: int = 1
+) -> float:
     """ε of a history. ``share``: of how many such questions this is one; the numerical accountants then take less."""
     history = tuple((sigma, max(q, _RAREST), steps) for sigma, q, steps in history if steps > 0)
     if not history:
@@ -249,15 +259,16 @@ def _with_few_settings(history: _History, most: int) -> _History:
     """The same history, or with σ rounded down and q rounded up until there are at most ``most`` settings: a bound."""
     if len(history) <= most:
         return history
-    width, kinds = 0.01, history
-    while len(kinds) > most:
-        kinds = {}
+    width = 0.01
+    while True:
+        kinds: dict[tuple[int, int], tuple[float, float, int]] = {}
         for sigma, q, steps in history:
             key = (math.floor(math.log(sigma) / width), math.floor(math.log(q) / width))
             least, rate, so_far = kinds.get(key, (sigma, q, 0))
             kinds[key] = (min(least, sigma), max(rate, q), so_far + steps)
+        if len(kinds) <= most:
+            return tuple(kinds.values())
         width *= 2
-    return tuple(kinds.values())
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
@@ -276,7 +287,9 @@ def _divergences(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarra
         return np.array(alphas) / (2 * sigma**2)
     if sigma < 0.02:  # the record's Gaussian outweighs the rest: Minkowski's inequality is an equation to 16 digits
         alpha = np.array(alphas)
-        return alpha / (alpha - 1) * np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
+        return np.asarray(
+            alpha / (alpha - 1) * np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
+        )
     with np.errstate(all="ignore"):
         return np.array([_divergence(sigma, q, alpha) for alpha in alphas])
 
@@ -306,7 +319,8 @@ def _divergence(sigma: float, q: float, alpha: float) -> float:
         excess = np.where(x < 300, np.log(np.expm1(x) - alpha * v), x + np.log1p(-np.exp(math.log(alpha) + loss - x)))
         excess -= math.log(alpha - 1)
     small = np.abs(alpha * v) < 0.1
-    few, series = v[small], 1.0
+    few = v[small]
+    series = np.ones_like(few)
     for k in range(10, 2, -1):
         series = 1 + series * few * (alpha - k + 1) / k
     excess[small] = np.log(alpha / 2 * few**2 * series)
@@ -315,7 +329,9 @@ def _divergence(sigma: float, q: float, alpha: float) -> float:
     return float(math.exp(log_mean) if alpha == 1 else np.logaddexp(0, math.log(alpha - 1) + log_mean) / (alpha - 1))
 
 
-def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas=None) -> np.ndarray:
+def _rdp(
+    history: _History, times: np.ndarray, delta: float, accountant: str, alphas: Sequence[float] | None = None
+) -> np.ndarray:
     """ε of the whole history ``times`` times over, one value for each of ``times``."""
     orders = alphas or _ALPHAS[accountant]
     alpha = np.asarray(orders, dtype=np.float64)
@@ -323,12 +339,12 @@ def _rdp(history: _History, times: np.ndarray, delta, accountant: str, alphas=No
         convert = np.log1p(-1 / alpha) - (math.log(delta) + np.log(alpha)) / (alpha - 1)
     else:  # Mironov 2017, Proposition 3
         convert = -math.log(delta) / (alpha - 1)
-    total = sum(steps * _divergences(sigma, q, tuple(orders)) for sigma, q, steps in history)
+    total = np.sum([steps * _divergences(sigma, q, tuple(orders)) for sigma, q, steps in history], axis=0)
     best = np.full(len(times), np.inf)
     for rdp, extra in zip(total, convert):
         if math.isfinite(rdp):
             np.minimum(best, times * rdp + extra, out=best)
-    return np.maximum(best, 0.0)
+    return np.asarray(np.maximum(best, 0.0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -363,7 +379,7 @@ def _prv(history: _History, delta: float, bound: float, share: int) -> float:
 class _Loss:
     """The privacy loss of one step, for Opacus' ``discretize``."""
 
-    def __init__(self, sigma: float, q: float, domain):
+    def __init__(self, sigma: float, q: float, domain: Any):
         from opacus.accountants.analysis import prv
 
         self._mean = float(_divergences(sigma, q, (1.0,))[0])
@@ -374,7 +390,7 @@ class _Loss:
         return self._mean
 
 
-def _gdp(history: _History, delta) -> float:
+def _gdp(history: _History, delta: float) -> float:
     from opacus.accountants.analysis.gdp import delta_eps_mu, eps_from_mu
 
     with np.errstate(all="ignore"):

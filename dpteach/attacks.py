@@ -5,6 +5,8 @@ is then a question about two lists of numbers, the members' and the non-members'
 :func:`true_positive_rate_at`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -177,8 +179,8 @@ def _check_labels(name: str, labels: Tensor, n: int, classes: int) -> None:
         raise ValueError(f"{name} must lie in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}")
 
 
-def _scores(name: str, scores) -> Tensor:
-    scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
+def _scores(name: str, given: Any) -> Tensor:
+    scores: Tensor = torch.as_tensor(given, dtype=torch.float64).cpu()
     if scores.dim() != 1 or len(scores) == 0 or scores.isnan().any():
         found = "a NaN" if scores.isnan().any() else f"shape {tuple(scores.shape)}"
         raise ValueError(f"{name} must be a list of scores, at least one and none of them NaN, got {found}")

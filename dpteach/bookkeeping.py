@@ -84,7 +84,7 @@ def clipped_sum_of_layers(
     output_grads = torch.autograd.grad(losses.sum(), [output for _, _, output in taps])
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):  # which would sum in half precision
         tapes = [_LayerTape(layer, _wide(a), _wide(g)) for (layer, a, _), g in zip(taps, output_grads)]
-        norms = sum(tape.squared_norms for tape in tapes).sqrt()
+        norms = torch.stack([tape.squared_norms for tape in tapes]).sum(0).sqrt()
         if not bool((norms <= _NORM_AT_MOST).all()):  # NaN too
             return None
         factors = factors_of(norms)
@@ -96,9 +96,10 @@ def clipped_sum_of_layers(
 class _LayerTape:
     """What one layer's backward pass leaves behind: enough for its samples' norms and for their weighted sum."""
 
-    def __init__(self, layer: nn.Module, inputs: Tensor, output_grads: Tensor):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, inputs: Tensor, output_grads: Tensor):
         self.layer, self.a, self.g = layer, inputs, output_grads
         if isinstance(layer, nn.Conv2d):
+            assert not isinstance(layer.padding, str)  # see _known
             self.a = F.unfold(self.a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, K, L)
             self.g = self.g.flatten(2)  # (B, O, L)
             self.grads = self.g @ self.a.mT  # (B, O, K)
@@ -108,7 +109,7 @@ class _LayerTape:
             g2 = _squared(self.g)
             self.squared_norms = g2 * _squared(self.a) + self._bias(g2)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
 
-    def _bias(self, value):
+    def _bias(self, value: Tensor) -> Tensor | float:
         return 0.0 if self.layer.bias is None else value
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
@@ -124,7 +125,8 @@ class _LayerTape:
 
 def _squared(rows: Tensor) -> Tensor:
     """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def _known(layer: nn.Module) -> bool:
     kind = type(layer)
     if getattr(layer, "inplace", False):
         return False
-    if kind is nn.Flatten:
+    if isinstance(layer, nn.Flatten) and kind is nn.Flatten:
         return layer.start_dim >= 1
     if kind is nn.Unflatten:
         return isinstance(layer.dim, int) and layer.dim >= 1

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ CHECKSUMS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Data(torch.utils.data.Dataset):
+class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Records and their labels; also a PyTorch data set that hands out a whole batch at once.
 
     Args:
@@ -52,7 +53,7 @@ class Data(torch.utils.data.Dataset):
     X: Tensor
     y: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.X) != len(self.y) or len(self.X) == 0:
             raise ValueError(f"X and y must have the same length, at least 1, got {len(self.X)} and {len(self.y)}")
 
@@ -62,13 +63,13 @@ class Data(torch.utils.data.Dataset):
     def __repr__(self) -> str:
         return f"Data({len(self):,} records of shape {tuple(self.X.shape[1:])})"
 
-    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         return self.X[index], self.y[index]
 
     # A DataLoader asks for a whole batch through this name: no item by item collation (use an identity collate_fn).
     __getitems__ = __getitem__
 
-    def take(self, indices) -> "Data":
+    def take(self, indices: int | slice | Sequence[int] | Tensor) -> "Data":
         """The records at ``indices`` (an int count takes the first ones), as a ``Data`` of their own."""
         if isinstance(indices, int):
             indices = slice(whole("indices", indices, low=1))

@@ -131,7 +131,7 @@ def two_workers_run(
     parts = split(images, 2, skew, sizes, seed=seed)
     workers = [Worker(name, part, settings, method=method) for name, part in zip(("alice", "bob"), parts)]
     began = time.perf_counter()
-    for made in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
+    for after in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
         seconds = round(time.perf_counter() - began, 1)
         for worker in workers:
             yield {
@@ -142,11 +142,11 @@ def two_workers_run(
                 "weights": weights,
                 "seed": seed,
                 "rounds": rounds,
-                "round": made.round,
+                "round": after.round,
                 "worker": worker.name,
                 "records": len(worker.data),
-                "loss": round(made.losses[worker.name], 4),
-                "accuracy": made.accuracy,
+                "loss": round(after.losses[worker.name], 4),
+                "accuracy": after.accuracy,
                 **{
                     f"epsilon_{short}": round(worker.epsilon(accountant), 4)
                     for short, accountant in (("prv", "prv"), ("rdp", "rdp"), ("classic", "rdp-classic"))
@@ -175,7 +175,7 @@ def _twenty_clients() -> Iterator[dict]:
     """
     from dpteach.flower import Simulation
 
-    made_with = {package: version(package) for package in ("flwr", "ray")}
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
     with Simulation(20) as simulation:
         for privacy, sigma in (("sample", 1.3), ("client", 1.0), ("client", 0.5)):
             key = "noise_multiplier" if privacy == "sample" else "server_noise_multiplier"
@@ -211,7 +211,7 @@ def run(name: str) -> Path:
         ValueError: if there is no experiment of that name; lists the ones there are.
     """
     experiment = EXPERIMENTS[choice("name", name, EXPERIMENTS)]
-    made_with = {package: version(package) for package in ("torch", "opacus")}
+    made_with: dict[str, str | int] = {package: version(package) for package in ("torch", "opacus")}
     made_with["threads"] = torch.get_num_threads()
     RESULTS.mkdir(parents=True, exist_ok=True)
     target, part = RESULTS / f"{name}.csv", RESULTS / f"{name}.csv.part"

@@ -9,6 +9,7 @@ Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,8 @@ from dpteach._checks import choice, number, whole
 from dpteach.data import Data
 from dpteach.guards import copied
 from dpteach.ledger import Ledger
-from dpteach.training import Settings, Step, accuracy, begin, check, delta_warning
+from dpteach.settings import Settings
+from dpteach.training import Step, accuracy, begin, check, delta_warning
 
 WEIGHTS = ("size", "equal")
 
@@ -36,8 +38,7 @@ class Worker:
         name: unlike the other workers' names.
         data: the worker's private records.
         settings: σ, C, batch size, learning rate, δ; ``epochs`` is the number of local epochs in *one* round. ``seed``
-            may be
-            the same for all workers: name, ledger and charge go into the random numbers too. None draws from the
+            may be the same for all workers: name, ledger and charge go into the random numbers too. None draws from the
             operating system, as a release must.
         ledger: what these records have cost so far; a new one, in memory, if not given.
         method, optimizer: as for :func:`dpteach.training.train`. The optimizer starts anew in each round.
@@ -53,7 +54,7 @@ class Worker:
     method: str = "dpsgd"
     optimizer: str = "sgd"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a text that is not empty, got {self.name!r}")
         self.settings.steps_per_epoch(len(self.data))
@@ -100,8 +101,8 @@ class Worker:
         """
         if self.settings.seed is None:
             return None
-        told = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
+        text = json.dumps([self.settings.seed, self.name, self.ledger.id, charge])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def epsilon(self, accountant: str = "prv") -> float:
         """ε of everything in the worker's ledger, at the settings' ``target_delta``."""
@@ -151,8 +152,7 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
         models: at least one; all with the same names and shapes. A model that Opacus has wrapped has names that begin
             with ``_module.``: hand in its ``_module``.
         weights: a number >= 0 a model, not all zero; only their proportions count. All the same if not given. Weights
-            by
-            the number of records publish these numbers: take them as public, or weigh all the same.
+            by the number of records publish these numbers: take them as public, or weigh all the same.
 
     Returns:
         Names to tensors. What is the same in all models (a buffer, a frozen parameter) stays so to the bit.
@@ -183,16 +183,14 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
             unlike = sorted(name for name in {**shapes[0], **other} if shapes[0].get(name) != other.get(name))
             raise ValueError(
                 f"models must have the same names and shapes, got a model {k} that differs from model 0 at "
-                f"{unlike[0]!r}. "
-                "(Opacus' wrapper adds '_module.': hand in model._module.)"
+                f"{unlike[0]!r}. (Opacus' wrapper adds '_module.': hand in model._module.)"
             )
     for name in states[0].keys() - dict(models[0].named_parameters(remove_duplicate=False)).keys():
         if not all(torch.equal(states[0][name], state[name]) for state in states[1:]):
             raise ValueError(
                 f"models must have the same buffers, got different ones at {name!r}: they hold statistics of the "
-                "records that no noise "
-                "covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the others to release "
-                "only these."
+                "records that no noise covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the "
+                "others to release only these."
             )
     largest = max(weights)
     total = sum(w / largest for w in weights)
@@ -200,7 +198,7 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     def mean(values: list[Tensor]) -> Tensor:
         if all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0].clone()
-        return sum(value * (w / largest / total) for value, w in zip(values, weights))
+        return functools.reduce(torch.add, (value * (w / largest / total) for value, w in zip(values, weights)))
 
     return {name: mean([state[name] for state in states]) for name in states[0]}
 
@@ -218,7 +216,9 @@ def train_steps(
     )
 
 
-def _worker_steps(workers, model, rounds, weights, test_data) -> Iterator[WorkerStep | Round]:
+def _worker_steps(
+    workers: Sequence[Worker], model: nn.Module, rounds: int, weights: list[float], test_data: Data | None
+) -> Iterator[WorkerStep | Round]:
     for worker in workers:
         check(
             model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer
@@ -269,9 +269,9 @@ def train_rounds(
     Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
     """
     return (
-        made
-        for made in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
-        if isinstance(made, Round)
+        event
+        for event in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
+        if isinstance(event, Round)
     )
 
 

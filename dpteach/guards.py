@@ -6,8 +6,9 @@ import copy
 import io
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from dpteach.randomness import RANDOM_STATE
 
-_PROBED: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+Shape = tuple[tuple[Any, ...], ...]  # see shape_of
+_PROBED: "weakref.WeakKeyDictionary[nn.Module, Shape]" = weakref.WeakKeyDictionary()
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -41,20 +43,17 @@ def check_model(model: nn.Module) -> None:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
             raise ValueError(
                 f"model must treat each sample alone, {got}: it mixes the samples of a batch, so no sample has a "
-                "gradient of its "
-                "own. Use GroupNorm or LayerNorm instead."
+                "gradient of its own. Use GroupNorm or LayerNorm instead."
             )
         if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats and layer.training:
             raise ValueError(
                 f"model must not keep statistics of its records, {got} with track_running_stats: they leave with the "
-                "model, and "
-                "no noise covers them. Use track_running_stats=False."
+                "model, and no noise covers them. Use track_running_stats=False."
             )
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
             raise ValueError(
-                f"model must change by its noisy gradient only, {got} with max_norm: it rescales the rows that a "
-                "batch looks up, "
-                "and no noise covers that. Use max_norm=None."
+                f"model must change by its noisy gradient only, {got} with max_norm: it rescales the rows that a batch "
+                "looks up, and no noise covers that. Use max_norm=None."
             )
 
 
@@ -85,8 +84,7 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     if loose:
         raise ValueError(
             f"model must hold what it trains in model.parameters(), but {loose[0]!r} asks for a gradient and is not "
-            "there: it would be "
-            "left with one that has no noise. Use nn.Parameter, nn.ModuleList, nn.ParameterList"
+            "there: it would be left with one that has no noise. Use nn.Parameter, nn.ModuleList, nn.ParameterList"
         )
     finite = X.reshape(len(X), -1).isfinite().all(1).nonzero().squeeze(1)
     if len(finite) == 0:
@@ -106,8 +104,7 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     if mixed:
         raise ValueError(
             f"model must treat each sample alone, but {mixed}: then no sample has a gradient of its own, and clipping "
-            "bounds "
-            "nothing. Find the layer that works along the first dimension."
+            "bounds nothing. Find the layer that works along the first dimension."
         )
     with RANDOM_STATE, _random_state_kept(), torch.no_grad():
         model(
@@ -125,10 +122,10 @@ def _kept(model: nn.Module, records: Tensor) -> str:
     """The name of what a forward pass leaves behind that depends on the records; empty if there is none."""
     half = max(1, len(records) // 2)
     copies, groups = [copied(model) for _ in range(3)], [records[:half], records[-half:], records[:half]]
-    for made, group in zip(copies, groups):
+    for twin, group in zip(copies, groups):
         for _ in range(2):
-            _outputs(made, group)
-    first, other, again = (dict(_leaves(made)) for made in copies)
+            _outputs(twin, group)
+    first, other, again = (dict(_leaves(twin)) for twin in copies)
     state = {
         name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
     }
@@ -152,33 +149,33 @@ def _mixed(model: nn.Module, records: Tensor, batch: int) -> str:
         unlike += [10 * drawn, drawn, 1 - 2 * _beside(records, 1)]
     depends = "its output for one sample depends on the others in the batch"
     for perturbed in (False, True):  # a head of zeros would hide what stands before it
-        made, cast, tolerance = _precise(model, records, perturbed)
-        if made is None:
+        twin, cast, tolerance = _precise(model, records, perturbed)
+        if twin is None:
             continue
         for k in {0, len(records) // 2, len(records) - 1}:
             one, others = cast(records[k : k + 1]), [cast(_beside(records, k + shift)) for shift in (1, 2, 4)]
             invented = [cast(rows) for rows in unlike]
-            together = [_outputs(made, torch.cat([one, rows])) for rows in others]
+            together = [_outputs(twin, torch.cat([one, rows])) for rows in others]
             if any(len(output) != 4 for output in together):
                 return f"it gives {len(together[0])} outputs for 4 samples"
-            if _near(together[0], _outputs(made, torch.cat([one, others[0]])), tolerance):
+            if _near(together[0], _outputs(twin, torch.cat([one, others[0]])), tolerance):
                 together += [
-                    output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None
+                    output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None
                 ]
                 if not all(_near(together[0][:1], output[:1], tolerance) for output in together[1:]):
                     return depends
-            modes = {layer: layer.training for layer in made.modules()}
+            modes = {layer: layer.training for layer in twin.modules()}
             for layer in modes:
                 if isinstance(layer, RANDOM_LAYERS):
                     layer.training = False
-            calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+            calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
             if not calm:  # something else draws: at rest it may not
-                made.eval()
-                calm = _calm(made, torch.cat([one, others[0]]), tolerance)
+                twin.eval()
+                calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
             many = _beside(records, k, batch - 1)
-            alone = _outputs(made, one)
-            beside = [_outputs(made, torch.cat([one, rows])) for rows in (*others, cast(many))]
-            beside += [output for rows in invented if (output := _tried(made, torch.cat([one, rows]))) is not None]
+            alone = _outputs(twin, one)
+            beside = [_outputs(twin, torch.cat([one, rows])) for rows in (*others, cast(many))]
+            beside += [output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None]
             if calm and not all(_near(alone, output[:1], tolerance) for output in beside):
                 return depends
             for layer, mode in modes.items():
@@ -190,24 +187,26 @@ def _beside(records: Tensor, start: int, count: int = 3) -> Tensor:
     return records[torch.arange(start, start + count) % len(records)]
 
 
-def _precise(model: nn.Module, records: Tensor, perturbed: bool):
+def _precise(
+    model: nn.Module, records: Tensor, perturbed: bool
+) -> tuple[nn.Module | None, Callable[[Tensor], Tensor], float]:
     """A copy in float64, where rounding is not taken for mixing; in its own precision if it can't run there."""
     for dtype, tolerance in ((torch.float64, 1e-7), (None, 1e-3)):
-        made = copied(model)
+        twin = copied(model)
         if perturbed:
             generator = torch.Generator().manual_seed(2)
-            for p in made.parameters():
+            for p in twin.parameters():
                 if p.is_floating_point():
                     scale = 0.1 / (p[0].numel() ** 0.5 if p.dim() > 1 else 1)
-                    p += scale * torch.randn(p.shape, generator=generator).to(p)
-        made = made if dtype is None else made.to(dtype)
+                    p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
+        twin = twin if dtype is None else twin.to(dtype)
 
-        def cast(x, dtype=dtype):
+        def cast(x: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
             return x.to(dtype) if dtype is not None and x.is_floating_point() else x
 
-        if _tried(made, cast(records[:1])) is not None:
-            return made, cast, tolerance
-    return None, None, 0.0
+        if _tried(twin, cast(records[:1])) is not None:
+            return twin, cast, tolerance
+    return None, lambda x: x, 0.0
 
 
 def _outputs(model: nn.Module, x: Tensor, seed: int = 3) -> Tensor:
@@ -253,10 +252,10 @@ def copied(model: nn.Module) -> nn.Module:
     """
     computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
     try:
-        made = copy.deepcopy(model, computed)
+        twin = copy.deepcopy(model, computed)
         if model in _PROBED and same_shape(_PROBED[model], shape_of(model)):
-            vouch(made)
-        return made
+            vouch(twin)
+        return twin
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"model must be one that copy.deepcopy can copy, got: {str(error).splitlines()[0]}") from error
 
@@ -294,12 +293,11 @@ def kept_still(model: nn.Module) -> Iterator[None]:
     if moved:
         raise ValueError(
             f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward "
-            "pass, which no "
-            "noise covers (it is put back). Take that out of the model."
+            "pass, which no noise covers (it is put back). Take that out of the model."
         )
 
 
-def shape_of(model: nn.Module) -> tuple:
+def shape_of(model: nn.Module) -> Shape:
     """The layers a model is made of, their modes, options and hooks: a change of these is another model."""
     return tuple(
         (
@@ -314,7 +312,7 @@ def shape_of(model: nn.Module) -> tuple:
     )
 
 
-def _options(layer: nn.Module) -> tuple:
+def _options(layer: nn.Module) -> Shape:
     if not type(layer).__module__.startswith("torch.nn"):  # a counter of the reader's own is no option
         return ()
     return tuple(
@@ -322,7 +320,7 @@ def _options(layer: nn.Module) -> tuple:
     )
 
 
-def same_shape(a: tuple, b: tuple) -> bool:
+def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two answers of :func:`shape_of` are of one model that has stayed what it was."""
     return len(a) == len(b) and all(x[0]() is y[0]() is not None and x[1:] == y[1:] for x, y in zip(a, b))
 
@@ -349,7 +347,7 @@ _NO_STATE = (
 )
 
 
-def _walk(value, path="", seen=None, depth=0):
+def _walk(value: Any, path: str = "", seen: set[int] | None = None, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """All that hangs on an object, by path: ``(path, value)`` for each tensor, array, number and text."""
     seen = set() if seen is None else seen
     if isinstance(value, (Tensor, np.ndarray, int, float, complex, str, bytes)):
@@ -391,11 +389,11 @@ def _walk(value, path="", seen=None, depth=0):
             yield from _walk(item, name, seen, depth + 1)
 
 
-def _tensors(model: nn.Module):
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((path, value) for path, value in _walk(model) if isinstance(value, Tensor))
 
 
-def _leaves(model: nn.Module):
+def _leaves(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, value in _walk(model):
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj()

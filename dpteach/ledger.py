@@ -49,7 +49,7 @@ class Charge:
 class _Account(NamedTuple):
     id: str = ""
     rows: tuple[tuple[float, float, int, int], ...] = ()  # σ, q, steps, and how many such charges came in a row
-    count: int = 0
+    charges: int = 0
     steps: int = 0
     data: bytes = b""  # the file that says so
 
@@ -73,7 +73,7 @@ class _Account(NamedTuple):
         elif rows:
             lines += b",\n"
         data = _sealed(lines + _line(row), self.id) if self.id else b""
-        return _Account(self.id, (*rows, row), self.count + 1, self.steps + steps, data)
+        return _Account(self.id, (*rows, row), self.charges + 1, self.steps + steps, data)
 
 
 class Ledger:
@@ -113,7 +113,7 @@ class Ledger:
     1.01
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, *, new: bool = False):
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, new: bool = False):
         self.path: Path | None = None
         self._seen = _Account()
         if path is None:
@@ -139,16 +139,13 @@ class Ledger:
     @property
     def charges(self) -> tuple[Charge, ...]:
         """Every charge, in the order in which they were made."""
-        return tuple(
-            itertools.chain.from_iterable(
-                itertools.repeat(Charge(*charge), times) for *charge, times in self._account().rows
-            )
-        )
+        rows = self._account().rows
+        return tuple(Charge(sigma, q, steps) for sigma, q, steps, times in rows for _ in range(times))
 
     @property
     def count(self) -> int:
         """How many charges were made."""
-        return self._account().count
+        return self._account().charges
 
     @property
     def steps(self) -> int:
@@ -169,8 +166,7 @@ class Ledger:
 
         Raises:
             ValueError: if an argument is out of its range, or the file can't be read or is not what it was. Then
-                nothing
-                is written: don't train.
+                nothing is written: don't train.
             OSError: if the file can't be written. Don't train.
         """
         sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
@@ -184,17 +180,16 @@ class Ledger:
                 account = account._replace(id=secrets.token_hex(16), data=_sealed(_HEAD + lines, ""))
             charged = account.charged(sigma, q, steps)
             if self.path is not None:
-                self._write(charged.data, self.path.stat())
+                _write(self.path, charged.data, self.path.stat())
             self._seen = charged
-        return account.count
+        return account.charges
 
     def epsilon(self, *, target_delta: float = 1e-5, accountant: str = "prv") -> float:
         """ε of everything that was charged, at ``target_delta``.
 
         Args and errors as for :func:`dpteach.accounting.epsilon`. Charges with different σ or q are composed as they
         are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is
-        first
-        rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
+        first rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
         """
         *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
         stretches: dict[tuple[float, float], int] = {}
@@ -217,7 +212,7 @@ class Ledger:
         with self._locked(new=True):
             if os.path.lexists(self.path):  # another process was quicker
                 raise ValueError(f"path must be a new file with new=True, got {str(path)!r}")
-            self._write(account.data)
+            _write(self.path, account.data)
         self._seen = account
 
     @contextlib.contextmanager
@@ -247,7 +242,7 @@ class Ledger:
         seen = self._seen  # looked at before the file is: another thread may charge in between
         if self.path is None:
             return seen
-        data = self._read(write)
+        data = self._read(self.path, write)
         if seen.data and data == seen.data:
             return seen
         try:
@@ -262,18 +257,18 @@ class Ledger:
         self._seen = account
         return account
 
-    def _read(self, write: bool) -> bytes:
+    def _read(self, path: Path, write: bool) -> bytes:
         flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS | _BINARY
         try:
-            if not _NO_LINKS and os.path.islink(self.path):
-                raise OSError(errno.ELOOP, "it is a link", str(self.path))
-            with open(_patiently(os.open, self.path, flags), "rb") as file:
+            if not _NO_LINKS and os.path.islink(path):
+                raise OSError(errno.ELOOP, "it is a link", str(path))
+            with open(_patiently(os.open, path, flags), "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise self._damaged("it is not a file")
                 if found.st_nlink > 1:
                     raise ValueError(
-                        f"{self.path} must have one name, got {found.st_nlink} hard links: the next charge would make "
+                        f"{path} must have one name, got {found.st_nlink} hard links: the next charge would make "
                         "two ledgers of them. Remove the other names"
                     )
                 return file.read()
@@ -281,33 +276,34 @@ class Ledger:
             raise self._damaged("it is gone") from None
         except OSError as error:
             # Windows has no right to open a folder
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR) or os.path.isdir(self.path):
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR) or os.path.isdir(path):
                 raise self._damaged("it is not a file any more") from None
             raise
 
-    def _write(self, data: bytes, old: os.stat_result | None = None) -> None:
-        part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.part")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS | _BINARY, 0o600)
+
+def _write(path: Path, data: bytes, old: os.stat_result | None = None) -> None:
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS | _BINARY, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            if old is not None and not _WINDOWS:
+                with contextlib.suppress(PermissionError):  # only root can give a file away
+                    os.fchown(descriptor, old.st_uid, old.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        _patiently(os.replace, part, path)  # whole or not at all
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+    if not _WINDOWS:  # the new name must be on the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with open(descriptor, "wb") as file:
-                if old is not None and not _WINDOWS:
-                    with contextlib.suppress(PermissionError):  # only root can give a file away
-                        os.fchown(descriptor, old.st_uid, old.st_gid)
-                    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-                file.write(data)
-                file.flush()
-                os.fsync(descriptor)
-            _patiently(os.replace, part, self.path)  # whole or not at all
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
-        if not _WINDOWS:  # the new name must be on the disk too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _patiently(action: Callable[..., _T], *args: Any) -> _T:
@@ -322,7 +318,7 @@ def _patiently(action: Callable[..., _T], *args: Any) -> _T:
             time.sleep(0.01)
 
 
-def _line(row: tuple) -> bytes:
+def _line(row: tuple[float, float, int, int]) -> bytes:
     return json.dumps(row)[1:-1].encode()
 
 
@@ -332,7 +328,7 @@ def _sealed(lines: bytes, name: str) -> bytes:
 
 
 def _parsed(data: bytes) -> _Account:
-    def refused(constant: str):
+    def refused(constant: str) -> Any:
         raise ValueError(f"it holds {constant}")
 
     content = json.loads(data, parse_constant=refused)
@@ -347,7 +343,7 @@ def _parsed(data: bytes) -> _Account:
     return _account_of(content["charges"], content["id"], data)
 
 
-def _parsed_first_edition(content: dict, data: bytes) -> _Account:
+def _parsed_first_edition(content: dict[str, Any], data: bytes) -> _Account:
     entries = content["charges"]
     if content["sha256"] != hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest():
         raise ValueError("its checksum does not fit its charges")
@@ -356,7 +352,7 @@ def _parsed_first_edition(content: dict, data: bytes) -> _Account:
     return _account_of(list(itertools.chain.from_iterable(rows)), "", data)
 
 
-def _account_of(cells: list, name: str, data: bytes) -> _Account:
+def _account_of(cells: list[Any], name: str, data: bytes) -> _Account:
     """``cells``: the rows one after the other; 100,000 lists would take longer to read."""
     if not cells:
         return _Account(name, data=data)

@@ -91,7 +91,7 @@ def _gradients_and_losses(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tenso
     check_alone(model, X)
     X = X.clone()  # a layer that works in place must not change the caller's records
 
-    def loss_of_one(parameters, x, target):
+    def loss_of_one(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         placed = {place: parameters[name] for place, name in _places(model)}
         output = functional_call(model, placed, (x.unsqueeze(0),), tie_weights=False)
         return _one_number(loss_fn(output, target.unsqueeze(0)))
@@ -124,8 +124,7 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
     Returns:
         ``(B, P)``, float32 where the input is of half precision. A row whose norm is at most C is unchanged. A row with
-        a NaN
-        or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
+        a NaN or an infinity becomes zero: whatever a record does to its gradient, it moves the sum by at most C.
 
     Raises:
         ValueError: if C is out of its range, or the gradients are not ``(B, P)``.
@@ -153,10 +152,12 @@ def clip(per_sample_grads: Tensor, max_grad_norm: float) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
-    if rows.dtype != torch.float64 or rows.numel() == 0:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    largest = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
-    return largest * torch.linalg.vector_norm(rows / largest.unsqueeze(1), dim=1)
+    scale = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    if rows.dtype == torch.float64 and rows.numel():
+        scale = rows.abs().amax(1).clamp(min=torch.finfo(rows.dtype).tiny)
+        rows = rows / scale.unsqueeze(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return scale * norms
 
 
 def clipped_sum(model: nn.Module, loss_fn: LossFn, X: Tensor, y: Tensor, max_grad_norm: float) -> Tensor:

@@ -37,7 +37,7 @@ class Settings:
     target_delta: float = 1e-5
     seed: int | None = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number("noise_multiplier", self.noise_multiplier, low=0)
         clipping_norm(self.max_grad_norm)
         if math.isinf(self.max_grad_norm) and self.noise_multiplier > 0:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from dpteach.mechanism import add_noise, clipped_sum_and_losses, poisson_batches
 from dpteach.optim import FOR_OPACUS, OPTIMIZERS
 from dpteach.randomness import RANDOM_STATE, generators, own_stream, seeds
 from dpteach.settings import Settings
+
+__all__ = ["METHODS", "OPTIMIZERS", "Settings", "Step", "accuracy", "dpsgd_steps", "sgd_steps", "train"]
 
 METHODS = ("sgd", "dpsgd", "opacus")
 
@@ -159,7 +162,7 @@ def _run(
         losses.close()  # a run that is given up leaves no hook behind
 
 
-def sgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer) -> Generator[float, None, None]:
+def sgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) -> Generator[float, None, None]:
     """The ordinary loop: shuffled batches, their mean gradient, no privacy. Yields each batch's loss."""
     sampling = torch.Generator().manual_seed(seeds(settings.seed)[0])
     forward_pass = _forward_pass(model, settings.seed)
@@ -174,7 +177,7 @@ def sgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer) -> Ge
             yield loss.item()
 
 
-def dpsgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer) -> Generator[float, None, None]:
+def dpsgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) -> Generator[float, None, None]:
     """DP-SGD, from the four moves of :mod:`dpteach.mechanism`. Yields each batch's loss, before its update."""
     n, C, q = len(data), settings.max_grad_norm, settings.sample_rate(len(data))
     steps = settings.epochs * settings.steps_per_epoch(n)
@@ -191,10 +194,10 @@ def dpsgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer) -> 
         yield losses.mean().item()  # NaN for an empty batch
 
 
-def _opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer) -> Generator[float, None, None]:
+def _opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) -> Generator[float, None, None]:
     from dpteach.with_opacus import opacus_steps  # 1 s to import, and only this method needs it
 
-    return opacus_steps(model, data, settings, optimizer)
+    yield from opacus_steps(model, data, settings, optimizer)
 
 
 def set_gradient(model: nn.Module, gradient: Tensor) -> None:
@@ -243,6 +246,6 @@ def delta_warning(settings: Settings, n: int) -> str:
     if settings.target_delta < 1 / n:
         return ""
     return (
-        f"target_delta should be below 1/n = {1 / n:.1g} for {n} records, got {settings.target_delta:g}: "
-        "a mechanism that publishes one random record outright would also meet it"
+        f"target_delta should be below 1/n = {1 / n:.1g} for {n} records, got {settings.target_delta:g}: a mechanism "
+        "that publishes one random record outright would also meet it"
     )

@@ -1,8 +1,9 @@
 """DP-SGD by Opacus: ``PrivacyEngine.make_private``, kept from releasing more than the noisy gradient."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class _QuietEngine(PrivacyEngine):
         self.accountant, self.secure_mode, self.secure_rng, self.dataset = RDPAccountant(), False, None, None
 
 
-def opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: torch.optim.Optimizer) -> Iterator[float]:
+def opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) -> Generator[float, None, None]:
     """:func:`dpteach.training.dpsgd_steps`, but ``PrivacyEngine.make_private`` clips and adds the noise."""
     n, device = len(data), data.X.device
     sampling, noise = generators(settings.seed)
@@ -137,7 +138,7 @@ def check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
         )
 
 
-def _check_rows(optimizer, records: int) -> None:
+def _check_rows(optimizer: Any, records: int) -> None:
     """One gradient a record, and finite.
 
     Opacus turns an infinity into a model of NaN, which tells that the record took part. It counts as zero, as in
@@ -157,6 +158,6 @@ def _check_rows(optimizer, records: int) -> None:
             p.grad_sample[~finite] = 0.0
 
 
-def _noise_from_the_system(optimizer, noise: SystemRandom) -> None:
+def _noise_from_the_system(optimizer: Any, noise: SystemRandom) -> None:
     for p in optimizer.params:
         p.grad = add_noise(p.summed_grad, optimizer.noise_multiplier, optimizer.max_grad_norm, noise).view_as(p)

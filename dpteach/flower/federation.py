@@ -177,10 +177,9 @@ class _Local:
             for port in _listening(process):
                 if door.answers_strangers(port):
                     raise RuntimeError(
-                        f"The federation was ended: its port {port} answers people who have no certificate, so "
-                        "whoever has an account "
-                        f"on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 and "
-                        "1.42, which can be closed."
+                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever "
+                        f"has an account on this machine could run programs as you. Flower {version('flwr')} is unlike "
+                        "1.41 and 1.42, which can be closed."
                     )
 
     def _spawn(self, name: str, command: str, *options: str) -> None:
@@ -303,8 +302,8 @@ class _Local:
                     raise RuntimeError(f"The run has ended early. {self._last_words('run')}")
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"No round was finished within {timeout:g} s: raise timeout, or look whether every "
-                        "node has enough memory."
+                        f"No round was finished within {timeout:g} s: raise timeout, or look whether every node has "
+                        "enough memory."
                     )
                 time.sleep(_POLL)
         finally:
@@ -521,8 +520,7 @@ class Federation(_Local):
             return super()._epitaph(name)
         return (
             f"The node {name!r} has ended in the middle of the work. Its ledger has what it was charged, also for a "
-            "round "
-            f"that did not finish. Start it again with restart({name!r})."
+            f"round that did not finish. Start it again with restart({name!r})."
         )
 
     def _known(self, name: str) -> str:
@@ -535,8 +533,7 @@ class Simulation(_Local):
     """Many virtual clients in a few processes, on Flower's Ray engine: a context manager.
 
     Flower's port wants a certificate, as in :class:`Federation`. Ray's ports are open to the network and want a token;
-    we have
-    not tried each of them: not on a host that you share.
+    we have not tried each of them: not on a host that you share.
 
     Args:
         clients: how many, >= 2; each has its part of MNIST, its name ``client-00``, ``client-01``, … and its ledger.

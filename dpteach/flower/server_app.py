@@ -97,14 +97,14 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
     nodes, rounds = int(config["num-nodes"]), int(config["num-server-rounds"])
     model = MODELS[choice("model", config["model"], MODELS)]()
     test_data = load_mnist(train=False)
-    made = {}
+    metrics_of: dict = {}
 
     def keep_apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
         metrics = apart(contents, weighted_by)
-        made.update(metrics)
+        metrics_of.update(metrics)
         return metrics
 
-    everybody = {
+    common = {
         "fraction_train": 1.0,
         "fraction_evaluate": 0.0,
         "min_train_nodes": nodes,
@@ -113,14 +113,14 @@ def run(grid: Grid, config: dict, report: "Report") -> None:
     }
     named = [int(node) for node in config["nodes"].split(",") if node]
     if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
-        strategy = ApartFedAvg(named, **everybody)
+        strategy = ApartFedAvg(named, **common)
     else:
-        strategy = central(NamedFedAvg(named, **everybody), config)
+        strategy = central(NamedFedAvg(named, **common), config)
 
     def after(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         reached = accuracy(model, test_data)
-        line = {"round": server_round, "rounds": rounds, "accuracy": reached, **made}
+        line = {"round": server_round, "rounds": rounds, "accuracy": reached, **metrics_of}
         if isinstance(strategy, Central):
             line["epsilon"] = strategy.privacy_spent().epsilon  # of a whole client, not of a record
         if server_round:
