@@ -151,11 +151,8 @@ def test_requirements_and_pyproject_name_the_same_lower_bounds():
 
 
 def test_every_test_in_the_table_of_the_audit_exists():
-    rows = [
-        line
-        for line in (ROOT / "tests" / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ") and not line.endswith("held by |")
-    ]
+    audit, _ = (ROOT / "tests" / "README.md").read_text(encoding="utf-8").split("\n## Where it runs\n")
+    rows = [line for line in audit.splitlines() if line.startswith("| ") and not line.endswith("held by |")]
     unheld, missing = [], []
     for row in rows:
         named = re.findall(r"`((?:tests|notebooks)/[^`]*?)::([^`]+)`", row)

@@ -32,9 +32,8 @@ def opening_and_set_up(path):
 @pytest.fixture
 def clone(tmp_path):
     """What ``publish`` changes, copied, with no address yet."""
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "CITATION.cff"):
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\n")
     (tmp_path / "notebooks").mkdir()
     for path in (PATHS[0], *(path for path in PATHS if path.name in publish.NOT_ON_COLAB)):
         shutil.copy(path, tmp_path / "notebooks" / path.name)

@@ -1,7 +1,7 @@
 """What one learner costs a shared machine: memory, the wait for the first moving frame, import time, processor at rest.
 
-``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine; README.md has
-what was measured on a quiet one.
+``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine;
+notebooks/README.md has what was measured on a quiet one.
 """
 
 import shutil
