@@ -7,33 +7,25 @@ at a time.
 Source: Bu et al. 2022, *Differentially Private Optimization on Large Model at Small Cost*.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What is known to treat each sample alone and to leave its input as it was. Anything else goes the general way.
+# fmt: off
 _WITHOUT_PARAMETERS = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Dropout,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Softplus,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Hardtanh,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU,
+    nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
 )
+# fmt: on
+_WITH_PARAMETERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+_CHUNK = 1 << 19  # numbers: two MB, what a core's cache holds
+_BLOCKS = (64, 56, 48, 40, 36, 32)  # float32 adds so few squares with an error that the margin of clipping covers
 _NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
 
 
@@ -71,60 +63,167 @@ def clipped_sum_of_layers(
         losses_of: the model's outputs -> each sample's loss.
         factors_of: the gradients' norms, ``(B,)`` float64 -> what to multiply each by.
     """
-    taps, h = [], X
+    taps: list[tuple[type[_Tape], nn.Module, Tensor, Tensor]] = []
+    h = X
     for layer in layers:
         inputs, h = h, layer(h)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            # A linear layer that a sample passes at many places (B, T, features) has no rank-one gradient; a
-            # convolution takes (C, H, W) for one image.
-            if inputs.dim() != (2 if isinstance(layer, nn.Linear) else 4):
+        if isinstance(layer, _WITH_PARAMETERS) and (layer.weight is not None or layer.bias is not None):
+            kind = _tape_for(layer, inputs)
+            if kind is None:
                 return None
-            taps.append((layer, inputs.detach(), h))
+            taps.append((kind, layer, inputs.detach(), h))
     losses = losses_of(h)
-    output_grads = torch.autograd.grad(losses.sum(), [output for _, _, output in taps])
+    output_grads = [_wide(g) for g in torch.autograd.grad(losses.sum(), [output for *_, output in taps])]
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):  # which would sum in half precision
-        tapes = [_LayerTape(layer, _wide(a), _wide(g)) for (layer, a, _), g in zip(taps, output_grads)]
-        norms = torch.stack([tape.squared_norms for tape in tapes]).sum(0).sqrt()
+        tapes = [kind(layer, _wide(a), g) for (kind, layer, a, _), g in zip(taps, output_grads)]
+        squares = tapes[0].squared_norms
+        for tape in tapes[1:]:
+            squares = squares + tape.squared_norms
+        norms = squares.sqrt()
         if not bool((norms <= _NORM_AT_MOST).all()):  # NaN too
             return None
-        factors = factors_of(norms)
-        return torch.cat(
-            [part for tape in tapes for part in tape.weighted_sum(factors.to(tape.g.dtype))]
-        ), losses.detach()
+        weights = factors_of(norms).to(output_grads[0].dtype)
+        return torch.cat([part for tape in tapes for part in tape.weighted_sum(weights)]), losses.detach()
 
 
-class _LayerTape:
+class _Tape:
     """What one layer's backward pass leaves behind: enough for its samples' norms and for their weighted sum."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, inputs: Tensor, output_grads: Tensor):
-        self.layer, self.a, self.g = layer, inputs, output_grads
-        if isinstance(layer, nn.Conv2d):
-            assert not isinstance(layer.padding, str)  # see _known
-            self.a = F.unfold(self.a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, K, L)
-            self.g = self.g.flatten(2)  # (B, O, L)
-            self.grads = self.g @ self.a.mT  # (B, O, K)
-            self.bias_grads = self.g.sum(2)  # (B, O)
-            self.squared_norms = _squared(self.grads.flatten(1)) + self._bias(_squared(self.bias_grads))
-        else:
-            g2 = _squared(self.g)
-            self.squared_norms = g2 * _squared(self.a) + self._bias(g2)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+    squared_norms: Tensor  # (B,) float64
 
-    def _bias(self, value: Tensor) -> Tensor | float:
-        return 0.0 if self.layer.bias is None else value
+    def __init__(self, layer: Any, a: Tensor, g: Tensor):
+        """``a``: the layer's input, ``g``: the gradient at its output, each with one sample a row."""
+        raise NotImplementedError
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
         """Σ wᵢ·gradientᵢ of the layer's parameters, flattened, in the order in which the layer has them."""
-        column = weights.unsqueeze(1)
-        if isinstance(self.layer, nn.Conv2d):
-            parts = {"weight": (self.grads.flatten(1) * column).sum(0), "bias": (self.bias_grads * column).sum(0)}
-        else:
-            g = self.g * column
-            parts = {"weight": (g.mT @ self.a).flatten(), "bias": g.sum(0)}
-        return [parts[name] for name, _ in self.layer.named_parameters()]
+        raise NotImplementedError
+
+
+class _Outer(_Tape):
+    """A linear layer on ``(B, features)``: the gradient g·aᵀ has rank one and is never built."""
+
+    def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor):
+        self.a, self.g, self.names = a, g, _trained(layer)
+        g2 = _squared(g)
+        self.squared_norms = g2 * _squared(a)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+        if layer.bias is not None:
+            self.squared_norms += g2
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        g = self.g * weights.unsqueeze(1)
+        return [(g.mT @ self.a).flatten() if name == "weight" else g.sum(0) for name in self.names]
+
+
+class _Places(_Tape):
+    """A linear layer that a sample passes at many places, ``(B, ..., features)``: its gradient is a sum over them."""
+
+    def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor):
+        self.a, self.g, self.names = a.flatten(1, -2), g.flatten(1, -2), _trained(layer)
+        some = max(1, _CHUNK // (g.shape[-1] * a.shape[-1]))
+        parts = zip(self.g.split(some), self.a.split(some))
+        self.squared_norms = torch.cat([_squared((g_.mT @ a_).flatten(1)) for g_, a_ in parts])
+        if layer.bias is not None:
+            self.squared_norms += _squared(self.g.sum(1))
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        g, a = (self.g * weights.view(-1, 1, 1)).flatten(0, 1), self.a.flatten(0, 1)
+        return [(g.mT @ a).flatten() if name == "weight" else g.sum(0) for name in self.names]
+
+
+class _Rows(_Tape):
+    """A layer whose per-sample gradients are built, ``(B, n)`` for each parameter: they are small."""
+
+    def __init__(self, layer: nn.Module, a: Tensor, g: Tensor):
+        grads = self.gradients(layer, a, g)
+        self.grads = [grads[name] for name in _trained(layer)]
+        self.squared_norms = torch.stack([_squared(rows) for rows in self.grads]).sum(0)
+
+    def gradients(self, layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """``(B, n)`` for each name of a parameter."""
+        if isinstance(layer, nn.LayerNorm):
+            places, normal = (
+                g.shape[1 : -len(layer.normalized_shape)],
+                F.layer_norm(a, layer.normalized_shape, eps=layer.eps),
+            )
+            rows = (len(g), math.prod(places), -1)
+            return {"weight": (g * normal).reshape(rows).sum(1), "bias": g.reshape(rows).sum(1)}
+        normal = F.group_norm(a, layer.num_groups, eps=layer.eps)
+        rows = (len(g), layer.num_channels, -1)
+        return {"weight": (g * normal).reshape(rows).sum(2), "bias": g.reshape(rows).sum(2)}
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        return [weights @ rows for rows in self.grads]
+
+
+class _Convolution(_Rows):
+    """A convolution: what each kernel saw, times the gradients there, in chunks that stay in the processor's cache."""
+
+    def gradients(self, layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        g = g.flatten(2)  # (B, O, L)
+        K = layer.weight[0].numel()
+        grads = g.new_empty(len(g), g.shape[1], K)
+        some = max(1, _CHUNK // (K * g.shape[2]))
+        for part, g_, a_ in zip(grads.split(some), g.split(some), a.split(some)):
+            torch.bmm(g_, _patches(layer, a_).mT, out=part)
+        return {"weight": grads.flatten(1), "bias": g.sum(2)}
+
+
+class _Words(_Tape):
+    """An embedding: a sample's gradient has a row for each word that it holds, the sum over its places."""
+
+    def __init__(self, layer: nn.Embedding, a: Tensor, g: Tensor):
+        words, g = a.flatten(1), g.flatten(1, -2) if g.dim() > 2 else g.unsqueeze(1)
+        if layer.padding_idx is not None:
+            g = g * (words != layer.padding_idx).unsqueeze(2)
+        sample = torch.arange(len(words), device=words.device).unsqueeze(1)
+        keys, place = (sample * layer.num_embeddings + words).flatten().unique(return_inverse=True)
+        self.rows = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, place, g.flatten(0, 1))
+        self.sample, self.word = keys // layer.num_embeddings, keys % layer.num_embeddings
+        self.shape = layer.weight.shape
+        squares = torch.zeros(len(words), dtype=torch.float64, device=g.device)
+        self.squared_norms = squares.index_add_(0, self.sample, _squared(self.rows))
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        rows = self.rows * weights[self.sample].unsqueeze(1)
+        return [rows.new_zeros(self.shape).index_add_(0, self.word, rows).flatten()]
+
+
+def _tape_for(layer: nn.Module, inputs: Tensor) -> type[_Tape] | None:
+    """Which tape fits; None where the first dimension of the input is not the batch's (one image alone)."""
+    if isinstance(layer, nn.Linear):
+        return None if inputs.dim() < 2 else _Outer if inputs.dim() == 2 else _Places
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return _Convolution if inputs.dim() == len(layer.kernel_size) + 2 else None
+    if isinstance(layer, nn.Embedding):
+        return _Words
+    if isinstance(layer, nn.LayerNorm):
+        return _Rows if inputs.dim() > len(layer.normalized_shape) else None
+    return _Rows if inputs.dim() >= 2 else None
+
+
+def _patches(layer: Any, a: Tensor) -> Tensor:
+    """``(b, K, L)``: the input under each place of the kernel, as ``F.unfold`` gives it, by one strided copy."""
+    padded = F.pad(a, [side for p in reversed(layer.padding) for side in (p, p)]).contiguous()
+    batch, channel, *along = padded.stride()
+    spans = zip(padded.shape[2:], layer.kernel_size, layer.dilation, layer.stride)
+    places = [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in spans]
+    inside = [step * d for step, d in zip(along, layer.dilation)]
+    across = [step * s for step, s in zip(along, layer.stride)]
+    sizes = (len(a), a.shape[1], *layer.kernel_size, *places)
+    windows = padded.as_strided(sizes, (batch, channel, *inside, *across))
+    return windows.reshape(len(a), -1, math.prod(places))
+
+
+def _trained(layer: nn.Module) -> list[str]:
+    return [name for name, p in layer._parameters.items() if p is not None]
 
 
 def _squared(rows: Tensor) -> Tensor:
-    """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
+    """``(B,)`` float64. In float32 only a few squares are added, so that no digit is lost over millions of them."""
+    block = next((block for block in _BLOCKS if rows.shape[1] % block == 0 and rows.dtype == torch.float32), 0)
+    if block:
+        rows = torch.linalg.vector_norm(rows.reshape(len(rows), -1, block), dim=2)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
 
@@ -162,9 +261,13 @@ def _known(layer: nn.Module) -> bool:
         return layer.start_dim >= 1
     if kind is nn.Unflatten:
         return isinstance(layer.dim, int) and layer.dim >= 1
-    if kind is nn.Conv2d and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and (
+        layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
         return False
-    if kind in (nn.Linear, nn.Conv2d):
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
+        return False
+    if kind in _WITH_PARAMETERS:
         # Under weight_norm, spectral_norm or pruning the trained parameter is another one than the weight.
-        return isinstance(layer.weight, nn.Parameter)
+        return set(layer._parameters) == ({"weight"} if kind is nn.Embedding else {"weight", "bias"})
     return kind in _WITHOUT_PARAMETERS

@@ -182,7 +182,7 @@ def clipped_sum_and_losses(
     """
     clipping_norm(max_grad_norm)
     check_model(model)
-    layers = plain_layers(model) if len(X) else None
+    layers = plain_layers(model) if len(X) and max_grad_norm > 1e-12 else None  # below, float32 loses squares
     quick = layers and clipped_sum_of_layers(
         layers,
         X,
@@ -224,8 +224,8 @@ def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, gen
     if isinstance(generator, SystemRandom):
         noise = generator.normal(summed.numel()).view(summed.shape).to(summed.device)
         return (summed.double() + noise_multiplier * max_grad_norm * noise).to(summed.dtype)
-    noise = torch.randn(summed.shape, generator=generator, dtype=summed.dtype)
-    return summed + noise_multiplier * max_grad_norm * noise.to(summed.device)
+    noise = torch.randn(summed.shape, generator=generator, dtype=summed.dtype).to(summed.device)
+    return noise.mul_(noise_multiplier * max_grad_norm).add_(summed)
 
 
 def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:
@@ -233,7 +233,7 @@ def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Te
     C = clipping_norm(max_grad_norm)
     if math.isinf(C):
         return norms.isfinite().double()
-    factors = torch.where(norms > C, C * (1 - max(4 * torch.finfo(dtype).eps, 1e-11)) / norms, 1.0)
+    factors = torch.where(norms > C, C * (1 - max(8 * torch.finfo(dtype).eps, 1e-11)) / norms, 1.0)
     return torch.where(norms.isfinite(), factors, 0.0)
 
 

@@ -124,7 +124,7 @@ def test_sixty_quick_changes_end_on_the_last_setting_with_one_thread(lab):
     show_sigma_of_readout(lab)
     assert lab.trainers() == 1
     shown = float(lab.readout("noise multiplier"))
-    assert float(f"{float(lab.execute('print(explorer._run.settings.noise_multiplier)')):.3g}") == shown
+    assert float(f"{float(lab.execute('print(explorer.run.settings.noise_multiplier)')):.3g}") == shown
     lab.stop()
     ended(lab)
     assert lab.still_for(0.5)
@@ -142,7 +142,7 @@ def test_training_goes_on_while_another_cell_runs(lab):
 
 
 def settings_of_the_run(lab) -> dict:
-    return ast.literal_eval(lab.execute("explorer.stop(); explorer.wait(); print(vars(explorer._run.settings))"))
+    return ast.literal_eval(lab.execute("explorer.stop(); explorer.wait(); print(vars(explorer.run.settings))"))
 
 
 def show_all_sliders(lab) -> None:
@@ -187,7 +187,7 @@ def test_a_dragged_value_runs_as_its_readout_says(lab):
         time.monotonic() + 15
     )  # the picture's words say σ and C; the last slider's change may still be on its way
     while time.monotonic() < deadline:
-        running = ast.literal_eval(lab.execute("print(vars(explorer._run.settings))"))
+        running = ast.literal_eval(lab.execute("print(vars(explorer.run.settings))"))
         if [running[name] for name in names] == shown:
             break
         time.sleep(0.2)
@@ -210,7 +210,7 @@ def test_run_all_with_two_explorers_trains_each_once(lab_folder, address, browse
     lab.click("More:")
     lab.slider("batch size").wait_for()
     lab.page.wait_for_timeout(1500)
-    assert lab.execute("print(first._generation, second._generation)").split() == [
+    assert lab.execute("print(first._thread.generation, second._thread.generation)").split() == [
         "2",
         "1",
     ]  # the second's start was a halt
@@ -237,7 +237,7 @@ def test_an_untouched_explorer_trains_once(lab_folder, address, browser):
     lab = new_page(browser).open(address, new_notebook(lab_folder, "untouched.ipynb", EXPLORER)).run_all()
     lab.watch()
     lab.until(f"{STEP} > 100", timeout=60)
-    assert lab.execute("print(explorer._generation)") == "1"
+    assert lab.execute("print(explorer._thread.generation)") == "1"
     lab.close()
 
 

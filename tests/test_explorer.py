@@ -3,9 +3,14 @@
 import dataclasses
 import math
 import re
+import shutil
+import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from html import escape
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -13,11 +18,13 @@ from torch import nn
 from dpteach import models, plots
 from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
-from dpteach.explorer.live import RANGES as ALL_RANGES
-from dpteach.explorer.live import read, show_digits, slider_for
+from dpteach.explorer.accessibility import accessible_box
+from dpteach.explorer.controls import Slider
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
-from dpteach.training import Settings, train
+from dpteach.plots.items import _thin, array
+from dpteach.plots.panel import tick_text, ticks
+from dpteach.training import Settings, begin, train
 
 QUICK = Settings(epochs=2, batch_size=100, lr=1.0)
 LONG = Settings(epochs=20_000, batch_size=100, lr=1.0)
@@ -72,7 +79,7 @@ def test_sixty_quick_changes_end_on_the_last_with_one_thread(explore):
         explorer.controls["noise_multiplier"].value = 1 + k / 10
         time.sleep(0.005)
         assert len(threads()) == 1
-    wait_for(lambda: explorer._run.settings.noise_multiplier == 6.9 and len(explorer.steps) > 3)
+    wait_for(lambda: explorer.run.settings.noise_multiplier == 6.9 and len(explorer.steps) > 3)
     assert len(threads()) == 1
     explorer.stop()
     wait_for(lambda: not threads(), 2)
@@ -104,9 +111,9 @@ def test_start_after_stop_begins_again(explore):
 def test_a_browsers_echo_of_a_value_does_not_train_again(explore, echo):
     explorer = explore()
     explorer.wait(30)
-    before = explorer._generation
+    before = explorer._thread.generation
     explorer.controls["max_grad_norm"].value = echo
-    assert explorer._generation == before
+    assert explorer._thread.generation == before
     assert explorer.settings.max_grad_norm == 1.0
 
 
@@ -118,8 +125,8 @@ def test_a_late_echo_from_the_page_does_not_take_the_turn_of_another_explorer(ex
     wait_for(lambda: second.steps)
     for name in ("max_grad_norm", "lr"):
         first.controls[name].value *= 1 + 1e-15
-    assert (first.status, first._price_line.value, first._generation) == (status, price, 2) and "(PRV" in price
-    assert second._generation == 1 and second._thread is not None
+    assert (first.status, first._price_line.value, first._thread.generation) == (status, price, 2) and "(PRV" in price
+    assert second._thread.generation == 1 and second.busy
 
 
 def test_after_a_stop_only_a_real_change_trains_again(explore):
@@ -128,9 +135,9 @@ def test_after_a_stop_only_a_real_change_trains_again(explore):
     explorer.stop()
     explorer.wait(10)
     explorer.controls["max_grad_norm"].value = 1.0000000000000002
-    assert explorer._thread is None and explorer.status.startswith("Stopped")
+    assert not explorer.busy and explorer.status.startswith("Stopped")
     explorer.controls["max_grad_norm"].value = 2.0
-    wait_for(lambda: explorer._run.settings.max_grad_norm == 2.0)
+    wait_for(lambda: explorer.run.settings.max_grad_norm == 2.0)
 
 
 ECHO = 1 + 3e-15  # a page's own rounding
@@ -156,36 +163,37 @@ ECHO = 1 + 3e-15  # a page's own rounding
     ],
 )
 def test_the_run_is_what_the_readout_says(name, value, seen):
-    slider = slider_for(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), ALL_RANGES[name])
+    slider = Slider(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), RANGES[name])
     for sent in (value, value * (1 if name == "epochs" else ECHO)):
-        slider.value = sent
-        run = read(slider)
-        show_digits(slider, run)
-        said = f"{run:{slider.readout_format}}".replace("e-0", "e-")
-        if slider.readout_format.endswith("g"):  # JavaScript keeps the zeros at the end
-            said = f"{run:#{slider.readout_format}}".rstrip(".")
-        assert said == seen and float(said) == run
+        slider.widget.value = sent
+        run = slider.value
+        slider.show_digits(run)
+        form = slider.widget.readout_format
+        readout = f"{run:{form}}".replace("e-0", "e-")
+        if form.endswith("g"):  # JavaScript keeps the zeros at the end
+            readout = f"{run:#{form}}".rstrip(".")
+        assert readout == seen and float(readout) == run
 
 
 def test_a_start_value_of_many_digits_runs_as_it_is(explore):
     explorer = explore(dataclasses.replace(QUICK, noise_multiplier=1.0683593750001, lr=1 / 3))
     explorer.controls["noise_multiplier"].value *= ECHO
     explorer.wait(30)
-    assert explorer._run.settings.noise_multiplier == 1.0683593750001 and explorer._run.settings.lr == 1 / 3
+    assert explorer.run.settings.noise_multiplier == 1.0683593750001 and explorer.run.settings.lr == 1 / 3
 
 
 def test_the_baseline_is_trained_once_for_all_noise_clipping_and_learning_rates(explore, monkeypatch):
-    import dpteach.explorer.training as room
+    import dpteach.explorer.explorer as room
 
     runs = []
-    monkeypatch.setattr(room, "train", lambda *a, **k: runs.append((k["method"], a[2].lr)) or train(*a, **k))
+    monkeypatch.setattr(room, "begin", lambda *a, **k: runs.append((k["method"], a[2].lr)) or begin(*a, **k))
     explorer = explore()
     explorer.wait(30)
     for name in ("noise_multiplier", "max_grad_norm", "lr"):
         explorer.controls[name].value = 2.0
         explorer.wait(30)
     assert sorted(runs) == [("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 2.0), ("sgd", 1.0)]
-    assert [s.step for s in explorer._run.baseline] == [s.step for s in explorer.steps]
+    assert [s.step for s in explorer.run.baseline.history] == [s.step for s in explorer.steps]
     assert explorer.summary().endswith("% at learning rate 1.") and "learning rate 2;" in explorer.summary()
 
 
@@ -193,7 +201,7 @@ def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
     explorer = explore(dataclasses.replace(QUICK, lr=0.01), optimizer="adam", baseline_lr=1.5)
     explorer.wait(30)
     plain = dataclasses.replace(QUICK, lr=1.5)
-    assert explorer._run.baseline == list(
+    assert explorer.run.baseline.history == list(
         train(models.mlp(), two_moons(400), plain, method="sgd", test_data=two_moons(400))
     )
     assert explorer.summary().endswith("% at learning rate 1.5.")
@@ -204,7 +212,7 @@ def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
 def test_the_curve_of_the_budget_ends_on_the_line_of_the_whole_run_and_never_above(explore):
     explorer = explore()
     explorer.wait(30)
-    assert explorer._run.exact < explorer._run.price
+    assert explorer.run.exact["worker"] < explorer.run.bound["worker"]
     curve, line = explorer._panels()[1].items
     assert max(curve.ys) == curve.ys[-1] == pytest.approx(line.y, rel=1e-9) and line.label == "whole run (RDP)"
 
@@ -246,8 +254,8 @@ def test_the_price_is_known_before_the_run_ends_and_gets_tighter_at_its_end(expl
     explorer.stop()
     quick = explore()
     quick.wait(30)
-    assert quick._run.exact < quick._run.price
-    assert f"ε = {quick._run.exact:.2f}" in quick._price_line.value
+    assert quick.run.exact["worker"] < quick.run.bound["worker"]
+    assert f"ε = {quick.run.exact['worker']:.2f}" in quick._price_line.value
 
 
 def test_a_model_that_fails_is_one_sentence_and_no_traceback(explore, capfd):
@@ -358,8 +366,8 @@ def test_hundred_runs_leave_no_thread(explore):
     explorer = explore(Settings(epochs=1, batch_size=200), baseline=False)
     for k in range(100):
         explorer.controls["noise_multiplier"].value = 1 + (k % 50) / 10
-        explorer._changed.acquire()
-        explorer._changed.release()
+        explorer._thread.lock.acquire()
+        explorer._thread.lock.release()
     explorer.wait(60)
     assert not threads()
 
@@ -383,7 +391,7 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     explorer.start()
     shown = explorer._picture.value
     for _ in range(5):
-        wait_for(lambda: explorer._picture.value != shown)
+        wait_for(lambda shown=shown: explorer._picture.value != shown)
         shown = explorer._picture.value
     explorer.stop()
     explorer.wait(10)
@@ -392,10 +400,20 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     assert [words.split()[0] for words in heard] == ["Training:", "Stopped", "Training:", "Finished:"]
 
 
+def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
+    folder, declared = files("dpteach.explorer"), Path(__file__).parent.with_name("pyproject.toml").read_text("utf8")
+    page_part = accessible_box([]).children[-1].value
+    style, script = (folder.joinpath(f"page.{kind}").read_text("utf8") for kind in ("css", "js"))
+    assert style in page_part and re.search('onerror="([^"]*)"', page_part)[1] == escape(script) != ""
+    assert '"explorer/*.js", "explorer/*.css"' in declared  # so that an installed package has them
+    if node := shutil.which("node"):
+        subprocess.run([node, "--check", folder / "page.js"], check=True)
+
+
 def test_the_folded_sliders_unfold_by_a_button(explore):
     button, inside = next(
         row
-        for row in explore()._box.children
+        for row in explore().widget.children
         if len(getattr(row, "children", ())) == 2 and hasattr(row.children[0], "children")
     ).children
     assert inside.layout.display == "none"
@@ -440,7 +458,7 @@ def test_both_painters_draw_every_kind_of_item():
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_point():
-    xs, ys = plots._thin(*map(plots._array, (range(10_000), range(10_000))))
+    xs, ys = _thin(*map(array, (range(10_000), range(10_000))))
     assert len(xs) <= 152
     assert (xs[-1], ys[-1]) == (9999, 9999)
     assert all(a == b for a, b in zip(xs, ys))
@@ -517,7 +535,7 @@ def test_a_run_that_was_stopped_is_not_pinned(play):
     assert "Nothing to pin yet" in playground._try_to_pin()
     playground.explorer.stop()
     playground.wait(10)
-    playground.explorer._run.exact = 1.0  # the price of the whole run may be known long before its end
+    playground.explorer.run.exact = {"worker": 1.0}  # the price of the whole run may be known long before its end
     playground.pin()
     assert playground._note.value == "Nothing to pin: this run did not finish. Press Start to train again."
     assert playground.pinned == []
@@ -573,11 +591,11 @@ def test_a_menu_keeps_the_sliders_that_were_moved(play):
 def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_sliders_say(play):
     playground = play()
     playground.wait(30)
-    before = playground.explorer._run.baseline
+    before = playground.explorer.run.baseline.history
     playground.explorer.controls["lr"].value = 0.1
     playground.menus["optimizer"].value = "adam"
     playground.wait(30)
-    assert playground.explorer._run.settings.lr == 0.1 and playground.explorer._run.baseline == before
+    assert playground.explorer.run.settings.lr == 0.1 and playground.explorer.run.baseline.history == before
 
 
 @pytest.mark.parametrize(
@@ -595,14 +613,14 @@ def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_slider
     ],
 )
 def test_a_tick_says_its_value(value, text):
-    assert plots._tick_text(value) == text and float(text) == value
+    assert tick_text(value) == text and float(text) == value
 
 
 @pytest.mark.parametrize("low, high", [(12.2, 16.2), (0.3, 0.4), (1.0, 1.02), (0.5, 5), (1e-8, 1e-2)])
 def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
-    ticks = plots._ticks(low, high, True, 5)
-    assert len(ticks) >= 2 and all(low <= tick <= high for tick in ticks)
-    assert len({plots._tick_text(tick) for tick in ticks}) == len(ticks)
+    values = ticks(low, high, True, 5)
+    assert len(values) >= 2 and all(low <= tick <= high for tick in values)
+    assert len({tick_text(tick) for tick in values}) == len(values)
 
 
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
@@ -623,7 +641,7 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
     monkeypatch.setattr(room, "svg", timed(room.svg))
     for name in ("_panels_of", "_show"):
         monkeypatch.setattr(Explorer, name, timed(getattr(Explorer, name)))
-    monkeypatch.setattr(Explorer, "_work_on", timed(Explorer._work_on))
+    monkeypatch.setattr(Explorer, "_work", timed(Explorer._work))
     explorer = explore(Settings(epochs=500, batch_size=100, lr=1.0), baseline=False)
     explorer.wait(60)
     share = sum(drawing[:-1]) / drawing[-1]
@@ -691,7 +709,7 @@ def test_the_federated_explorer_takes_a_third_and_a_tenth_worker(federate, count
 
 def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
     explorer = federate(rounds=20, settings=Settings(1.2, epochs=2000, batch_size=50, lr=1.0))
-    wait_for(lambda: explorer._run.turns > 20)
+    wait_for(lambda: explorer.run.steps_done > 20)
     explorer.stop()
     explorer.wait(2)
     assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")

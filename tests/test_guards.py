@@ -1016,5 +1016,5 @@ def test_a_federation_probes_its_model_once(monkeypatch):
     probed, probe = [], guards._mixed
     monkeypatch.setattr(guards, "_mixed", lambda *args: probed.append(1) or probe(*args))
     workers = [Worker(name, MOONS, SETTINGS) for name in "abc"]
-    list(train_rounds(workers, nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 2)), 3))
+    list(train_rounds(workers, nn.Sequential(nn.Linear(2, 4), nn.PReLU(), nn.Linear(4, 2)), 3))
     assert len(probed) == 1

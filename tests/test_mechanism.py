@@ -227,7 +227,7 @@ MODELS = {
     "group norm": (
         on_images(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()), 64),
         (2, 6, 6),
-        False,
+        True,
     ),
     "grouped convolution": (on_images(lambda: nn.Conv2d(2, 4, 3, groups=2), 64), (2, 6, 6), False),
     "padding by name": (on_images(lambda: nn.Conv2d(2, 2, 3, padding="same"), 72), (2, 6, 6), False),
@@ -236,7 +236,7 @@ MODELS = {
         (2, 6, 6),
         False,
     ),
-    "linear at many places": (on_images(lambda: nn.Linear(5, 5), 25), (5, 5), False),
+    "linear at many places": (on_images(lambda: nn.Linear(5, 5), 25), (5, 5), True),
 }
 
 every_model = pytest.mark.parametrize("name", MODELS)
