@@ -15,10 +15,11 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -29,8 +30,11 @@ _HEAD = (
     f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
     '"columns": ["noise_multiplier", "sample_rate", "steps", "times"], "charges": [\n'
 ).encode()
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_WINDOWS = os.name == "nt"
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 _IN_MEMORY = threading.Lock()
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Ledger:
 
     Args:
         path: a ledger's file. None keeps the ledger in memory.
-        new: make the file, which must not exist yet, in a folder that exists. Only its owner can read and write it.
+        new: make the file, which must not exist yet, in a folder that exists. Only its owner can read and write it; on
+            Windows, whoever may do so in the folder.
 
     Attributes:
         path: the file, absolute; None in memory.
@@ -253,9 +258,11 @@ class Ledger:
         return account
 
     def _read(self, path: Path, write: bool) -> bytes:
-        flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS
+        flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS | _BINARY
         try:
-            with open(os.open(path, flags), "rb") as file:
+            if not _NO_LINKS and os.path.islink(path):
+                raise OSError(errno.ELOOP, "it is a link", str(path))
+            with open(_patiently(os.open, path, flags), "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise self._damaged("it is not a file")
@@ -268,34 +275,47 @@ class Ledger:
         except FileNotFoundError:
             raise self._damaged("it is gone") from None
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+            # Windows has no right to open a folder
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR) or os.path.isdir(path):
                 raise self._damaged("it is not a file any more") from None
             raise
 
 
 def _write(path: Path, data: bytes, old: os.stat_result | None = None) -> None:
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o600)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS | _BINARY, 0o600)
     try:
         with open(descriptor, "wb") as file:
-            if old is not None and os.name == "posix":
+            if old is not None and not _WINDOWS:
                 with contextlib.suppress(PermissionError):  # only root can give a file away
                     os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-        os.replace(part, path)  # whole or not at all
+        _patiently(os.replace, part, path)  # whole or not at all
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-    if os.name == "posix":  # the new name must be on the disk too
+    if not _WINDOWS:  # the new name must be on the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _patiently(action: Callable[..., _T], *args: Any) -> _T:
+    """``action(*args)``; on Windows again for a second, which refuses while another process has the file open."""
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            return action(*args)
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _line(row: tuple[float, float, int, int]) -> bytes:

@@ -34,7 +34,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def refuses():
-    """``with refuses("lr", -1.0): ...``: one ValueError, in one line, with the argument, its value, what it may be."""
+    """In ``with refuses("lr", -1.0):`` there is one ValueError, in one line, with the argument, its value, what it may be."""
 
     @contextmanager
     def check(name, value):

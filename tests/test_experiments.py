@@ -73,9 +73,9 @@ def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
     assert len(rows) == 30 and all(row["flwr"] and row["ray"] and row["seconds"] > 0 for row in rows)
     for row in rows:  # 3,000 images, batches of 128: 24 steps a round; a client is in every round
         of = (
-            dict(sample_rate=1 / 24, steps=24 * int(row["round"]))
+            {"sample_rate": 1 / 24, "steps": 24 * int(row["round"])}
             if row["privacy"] == "sample"
-            else dict(sample_rate=1.0, steps=int(row["round"]))
+            else {"sample_rate": 1.0, "steps": int(row["round"])}
         )
         ours = epsilon(
             noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of

@@ -364,6 +364,48 @@ def test_of_many_processes_one_makes_the_ledger(path):
     assert "".join(told).split() == [Ledger(path).id]
 
 
+# --- Windows, simulated: nobody has run it there --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["replace", "open"])
+def test_on_windows_a_file_that_somebody_reads_is_asked_for_again(ledger, monkeypatch, call):
+    real, refusals = getattr(os, call), [PermissionError("somebody reads it")] * 3
+
+    def busy(*args):
+        if refusals and ledger.path in args:
+            raise refusals.pop()
+        return real(*args)
+
+    monkeypatch.setattr(os, call, busy)
+    with pytest.raises(PermissionError):  # elsewhere it means that one may not
+        ledger.charge(**CHARGE)
+    monkeypatch.setattr("dpteach.ledger._WINDOWS", True)
+    assert ledger.charge(**CHARGE) == 1 and refusals == []
+    refusals += [PermissionError("it stays open")] * 10_000
+    with pytest.raises(PermissionError, match="it stays open"):
+        ledger.charge(**CHARGE)
+    monkeypatch.undo()
+    assert Ledger(ledger.path).count == 2 and not list(ledger.path.parent.glob("*.part"))
+
+
+def test_on_windows_a_link_or_a_folder_in_its_place_is_an_error(tmp_path, ledger, monkeypatch):
+    def no_right_to_a_folder(path, *args):
+        if os.path.isdir(path):
+            raise PermissionError("Permission denied")
+        return real(path, *args)
+
+    real = os.open
+    monkeypatch.setattr("dpteach.ledger._NO_LINKS", 0)  # Windows has no such flag
+    monkeypatch.setattr("dpteach.ledger._WINDOWS", True)
+    monkeypatch.setattr(os, "open", no_right_to_a_folder)
+    ledger.path.rename(tmp_path / "moved.json")
+    ledger.path.symlink_to(tmp_path / "moved.json")
+    refused(ledger, LOST.format("not a file any more"))
+    ledger.path.unlink()
+    ledger.path.mkdir()
+    refused(ledger, LOST.format("not a file any more"))
+
+
 # --- what others have planted, and disks that are full --------------------------------------------------------------
 
 

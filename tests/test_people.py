@@ -206,8 +206,9 @@ def test_the_folded_sliders_open_by_key_and_are_next_in_order(lab):
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_the_words_for_a_screen_reader_follow_the_figures_without_chatter(lab):
-    """One place on the page is read out when it changes. It is there before its words are, and no other place looks like it:
-    the Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``.
+    """One place on the page is read out when it changes. It is there before its words are, and no other looks like it.
+
+    The Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``.
     """
     read_out = lab.cell.locator(".dpteach").first.locator("[aria-live], [role=status], [role=alert], [role=log]")
     assert read_out.count() == 1 and read_out.get_attribute("aria-live") == "polite"
