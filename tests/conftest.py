@@ -34,7 +34,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def refuses():
-    """In ``with refuses("lr", -1.0):`` there is one ValueError, in one line, with the argument, its value, what it may be."""
+    """Expect, in a ``with`` statement, one ValueError in one line: the argument, its value, what it may be."""
 
     @contextmanager
     def check(name, value):
