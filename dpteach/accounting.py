@@ -88,13 +88,7 @@ def epsilon(
 
 
 def epsilon_path(
-    *,
-    noise_multiplier: float,
-    sample_rate: float,
-    steps: int,
-    target_delta: float = 1e-5,
-    accountant: str = "rdp",
-    alphas: Sequence[float] | None = None,
+    *, noise_multiplier: float, sample_rate: float, steps: int, target_delta: float = 1e-5, accountant: str = "rdp"
 ) -> np.ndarray:
     """ε after each of ``steps`` steps: what a live plot draws.
 
@@ -108,13 +102,13 @@ def epsilon_path(
         ``(steps,)`` float64: ε after step 1, 2, …
     """
     steps = whole("steps", steps, low=0, high=_LONGEST_PATH)
-    delta, alphas = _question(target_delta, accountant, alphas)
+    delta, _ = _question(target_delta, accountant)
     sigma, q, steps = _setting(noise_multiplier, sample_rate, steps)
     if sigma == 0:
         return np.full(steps, math.inf)
     times, step = np.arange(1, steps + 1), ((sigma, max(q, _RAREST), 1),)
     if accountant.startswith("rdp"):
-        return _rdp(step, times, delta, accountant, alphas)
+        return _rdp(step, times, delta, accountant)
     at = np.unique(np.linspace(1, steps, min(steps, _ASKED[accountant])).round().astype(int))
     share = math.ceil(len(at) / 5)
     asked = [_of_history(((sigma, q, int(t)),), delta, accountant, share=share if t < steps else 1) for t in at]

@@ -211,10 +211,10 @@ def split(
         by_class = [order[labels == label] for label in np.unique(labels)]
         dealt = [np.split(of, _cuts(draw.dirichlet(workers * share * (1 - skew) / skew), len(of))) for of in by_class]
         parts = [np.sort(np.concatenate(pieces)) for pieces in zip(*dealt)]
-    for part_of in range(workers):  # a worker with nothing takes one record from the largest
-        if len(parts[part_of]) == 0:
+    for k in range(workers):  # a worker with nothing takes one record from the largest
+        if len(parts[k]) == 0:
             largest = max(range(workers), key=lambda w: len(parts[w]))
-            parts[largest], parts[part_of] = parts[largest][:-1], parts[largest][-1:]
+            parts[largest], parts[k] = parts[largest][:-1], parts[largest][-1:]
     return [data.take(torch.from_numpy(part)) for part in parts]
 
 

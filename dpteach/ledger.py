@@ -1,7 +1,7 @@
 """What training on one set of records has cost so far: an account that is written before each training.
 
-A file is always whole: each charge writes a new one beside it, forces it to the disk and puts it in the old one's
-place. Whatever can't be read, or is not what it was, is an error and never an empty account.
+A ledger's file is always whole: each charge writes a new one beside it, forces it to the disk and puts it in the old
+one's place. Whatever can't be read, or is not what it was, is an error and never an empty account.
 """
 
 import collections
