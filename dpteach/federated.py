@@ -169,14 +169,12 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     >>> federated_average([a, b], weights=[3, 1])["weight"]
     tensor([[1.]])
     """
-    states = [model.state_dict() for model in models]
-    if not states:
+    states, n = [model.state_dict() for model in models], len(models)
+    if n == 0:
         raise ValueError("models must hold at least one model, got none")
-    weights = [1.0] * len(states) if weights is None else [number("weights", w, low=0) for w in weights]
-    if len(weights) != len(states) or sum(weights) == 0:
-        raise ValueError(
-            f"weights must hold one number for each of the {len(states)} models, not all zero, got {weights!r}"
-        )
+    weights = [1.0] * n if weights is None else [number("weights", w, low=0) for w in weights]
+    if len(weights) != n or sum(weights) == 0:
+        raise ValueError(f"weights must hold one number for each of the {n} models, not all zero, got {weights!r}")
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     for k, other in enumerate(shapes[1:], start=1):
         if other != shapes[0]:

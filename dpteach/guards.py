@@ -318,9 +318,7 @@ def _walk(value: Any, path: str = "", seen: set[int] | None = None, depth: int =
         yield path, bytes(value)
     elif isinstance(value, io.BytesIO):
         yield path, value.getvalue()
-    elif id(value) in seen or depth > 20 or isinstance(value, _NO_STATE):
-        return
-    else:
+    elif id(value) not in seen and depth <= 20 and not isinstance(value, _NO_STATE):
         seen.add(id(value))
         if isinstance(value, dict):
             inner = [(f"[{key!r}]", item) for key, item in value.items()]
