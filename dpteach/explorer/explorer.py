@@ -16,9 +16,9 @@ from dpteach._checks import choice, number
 from dpteach.data import Data
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, number_text
-from dpteach.explorer.training import LiveTraining, Run, budget_panel, diverged
+from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import Worker
-from dpteach.plots import Line, Mark, Panel, Points, contour
+from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
@@ -86,7 +86,8 @@ class Explorer(LiveTraining):
         self._baselines: dict[tuple, Run] = {}
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
-        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2
+        self._classes = class_count(data)
+        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2 and self._classes == 2
 
         adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
         for name in sliders:
@@ -160,7 +161,8 @@ class Explorer(LiveTraining):
             for _ in self._train(baseline):
                 if not baseline.complete:
                     yield
-            baseline.boundary = self._boundary(baseline.model)
+            believed = self._belief(baseline.model)
+            baseline.boundary = None if believed is None else contour(*self._grid[:2], believed, 0.5)
             self._baselines = {key: baseline}
         run.baseline = self._baselines[key]
 
@@ -214,28 +216,32 @@ class Explorer(LiveTraining):
         alt = f"{setting}, {s.epochs} epochs. Loss by step: {_late_loss(run)} at the end"
         alt += "." if run.baseline is None else f", {_late_loss(run.baseline)} without privacy."
         items = self._curves(run, lambda run: run.losses[_NAME], "loss")
-        return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, end))
+        return loss_panel(items, "step", end, alt, self._classes)
 
     def _budget_panel(self, run: Run) -> Panel:
         spent, end = run.epsilons[_NAME], run.steps if run.history else 1
-        items: list[Any] = [spent.line("budget", "spent (RDP bound)")]
+        items: list[Any] = [spent.line("budget", "so far")]
         bound = run.bound.get(_NAME, math.inf)
         if math.isfinite(bound):
-            items.append(Mark("budget", "whole run (RDP)", y=bound))
+            items.append(Mark("budget", f"whole run {short(bound)}", y=bound))
         so_far = f"{spent.ys[-1]:.2f}" if spent.ys else "0"
         alt = f"ε by step: at most {so_far} after step {run.steps_done} of {end}."
-        return budget_panel(run, items, "step", "ε", end, alt)
+        return budget_panel(items, "step", "ε (RDP bound)", end, alt)
 
     def _boundary_panel(self, run: Run) -> Panel:
-        items: list[Any] = list(self._points)
+        xs, ys, _ = self._grid
+        believed = self._belief(run.model) if run.model is not None else None
+        items: list[Any] = [] if believed is None else [Field(xs, ys, believed)]
+        items += self._points
         if run.baseline is not None and run.baseline.boundary is not None:
-            items.append(Line(*run.baseline.boundary, "non-private", dashed=True))
-        boundary = self._boundary(run.model) if run.model is not None else None
-        if boundary is not None:
-            items.append(Line(*boundary, self._role))
+            items.append(Line(*run.baseline.boundary, "non-private", "without privacy", dashed=True))
+        if believed is not None:
+            items.append(
+                Line(*contour(xs, ys, believed, 0.5), self._role, "with privacy" if self._private else "model")
+            )
         alt = "Decision boundary between the two classes"
         alt += "." if run.accuracy is None else f"; {self._accuracy_of} {run.accuracy:.0%}."
-        return Panel("Decision boundary", "first coordinate", "second coordinate", items, alt, *self._window)
+        return Panel("What the model believes", "first coordinate", "second coordinate", items, alt, *self._window)
 
     def _accuracy_panel(self, run: Run) -> Panel:
         title = self._accuracy_of.capitalize()
@@ -244,22 +250,23 @@ class Explorer(LiveTraining):
         alt += "." if without is None else f", {without:.0%} without privacy."
         items = self._curves(run, lambda run: run.accuracies, "accuracy")
         x_range = (0, max(run.settings.epochs, 2))
-        return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(0, 1))
+        return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(1 / self._classes, 1))
 
-    def _boundary(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
+    def _belief(self, model: nn.Module) -> np.ndarray | None:
+        """Of each place of the grid: the probability of class 1, by the model."""
         if not self._plane:
             return None
         xs, ys, grid = self._grid
         with torch.no_grad():
-            scores = model(grid.to(next(model.parameters()).device)).cpu().numpy()
-        margin = (scores[:, 1] - scores[:, 0]).reshape(len(ys), len(xs))
-        return contour(xs, ys, margin, 0.0) if np.isfinite(margin).all() else None
+            scores = model(grid.to(next(model.parameters()).device))
+        believed = scores.softmax(1)[:, 1].cpu().numpy().reshape(len(ys), len(xs))
+        return believed if np.isfinite(believed).all() else None
 
     @functools.cached_property
     def _points(self) -> list[Points]:
         shown = self._data.take(min(200, len(self._data)))
         places = [shown.X[shown.y == label].T.cpu().numpy() for label in (0, 1)]
-        return [Points(xs, ys, "data", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
+        return [Points(xs, ys, f"class {k}", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
 
     @functools.cached_property
     def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:

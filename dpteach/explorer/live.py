@@ -45,6 +45,10 @@ class LivePicture:
         """The picture as it is now."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The picture in words."""
+        return alt_text(self._panels())
+
     @property
     def status(self) -> str:
         """What the status line says, as plain text."""
@@ -78,8 +82,8 @@ class LivePicture:
             raise TimeoutError(f"still at work after {timeout} s: {self.status}")
 
     def still(self):
-        """The picture as a matplotlib figure; a notebook shows it as a PNG."""
-        return still(self._panels())
+        """The picture with its summary, as a matplotlib figure; a notebook shows it as a PNG."""
+        return still(self._panels(), self.summary())
 
     def _ipython_display_(self) -> None:
         names = ", ".join(map(label_of, self.controls))
@@ -153,10 +157,6 @@ class Viewer(LivePicture):
         super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
         self.widget = accessible_box([*self.controls.values(), self._status_line, self._picture, self._spoken])
         self._thread.request(force=True)
-
-    def summary(self) -> str:
-        """The picture in words."""
-        return alt_text(self._panels())
 
     def _panels(self) -> list[Panel]:
         return self._draw(**self.values)

@@ -174,7 +174,7 @@ class Playground:
 
     def still(self):
         """The pinned runs as a matplotlib figure, ε across and accuracy upward."""
-        return still(self._panels())
+        return still(self._panels(), self.summary())
 
     def summary(self) -> str:
         """The pinned runs in words."""

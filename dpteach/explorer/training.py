@@ -1,6 +1,7 @@
 """What the live pictures of a training share: one kind of run, one loop that drains it, one price line."""
 
 import functools
+import math
 import threading
 import time
 from collections import defaultdict
@@ -22,7 +23,7 @@ from dpteach.explorer.controls import button, in_a_row
 from dpteach.explorer.live import LivePicture
 from dpteach.explorer.thread import Job
 from dpteach.federated import Round, Worker, WorkerStep
-from dpteach.plots import Line, Panel, svg
+from dpteach.plots import Line, Panel, Zones, svg
 from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
@@ -274,14 +275,35 @@ class _Timer:
         return f"about {round(minutes)} minute{'s' if round(minutes) > 1 else ''}" if minutes > 1 else ""
 
 
-def budget_panel(run: Run, items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:
-    """What has been spent, up to a little above the price of the whole run.
+EPSILONS = (0.01, 1e4)  # the ends of every axis of ε
+_BANDS = {1.0: "strong", 10.0: "some", math.inf: "practically no guarantee"}
 
-    By the curve's accountant: it would cross a tighter one's line, as if the run overspent.
-    """
-    top = max(run.bound.values(), default=0.0)
-    y_range = (0, top * 1.08) if 0 < top < float("inf") else (0, 1)
-    return Panel("Privacy budget spent", x_label, y_label, items, alt, (0, end), y_range)
+
+def band(epsilon: float) -> str:
+    """What an ε is worth, in words."""
+    return next(words for end, words in _BANDS.items() if epsilon <= end)
+
+
+def bands(across: bool = False) -> Zones:
+    """The words behind an axis of ε."""
+    ends = [EPSILONS[0], *list(_BANDS)[:-1], EPSILONS[1]]
+    return Zones(ends, list(_BANDS.values()), ["budget", "", "attacker"], across)
+
+
+def budget_panel(items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:
+    """What has been spent: every run on the same logarithmic axis."""
+    return Panel("Privacy budget spent", x_label, y_label, [bands(), *items], alt, (0, end), EPSILONS, y_log=True)
+
+
+def loss_panel(items: list, x_label: str, end: float, alt: str, classes: int) -> Panel:
+    """The loss, up to twice that of a model that knows nothing: log of the number of classes."""
+    y_range = (0, 2 * math.log(classes))
+    return Panel("Training loss", x_label, "loss (batch mean)", items, alt, (0, end), y_range)
+
+
+def class_count(data: Data) -> int:
+    """How many classes the labels name, at least two."""
+    return max(2, int(data.y.max()) + 1)
 
 
 @torch.no_grad()
