@@ -11,17 +11,21 @@ import xml.etree.ElementTree as ElementTree
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from statistics import NormalDist
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dpteach import models, plots
+from dpteach.accounting import epsilon
 from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
+from dpteach.explorer.numbers import most_believed, odds, odds_in_words, points
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
 from dpteach.plots.items import _thin, array
@@ -415,11 +419,8 @@ def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
 
 
 def test_the_folded_sliders_unfold_by_a_button(explore):
-    button, inside = next(
-        row
-        for row in explore().widget.children
-        if len(getattr(row, "children", ())) == 2 and hasattr(row.children[0], "children")
-    ).children
+    controls = explore().widget.children[0].children[0]
+    button, inside = next(row for row in controls.children if isinstance(row, widgets.VBox)).children
     assert inside.layout.display == "none"
     button.children[0].value = True
     assert inside.layout.display == "flex"
@@ -491,6 +492,49 @@ def test_axes_of_epsilon_loss_and_accuracy_are_the_same_for_every_run(explore):
         explorer.wait(30)
         ranges.add(tuple(panel.ranges() for panel in explorer._panels()))
     assert len(ranges) == 1 and ranges.pop()[0][1] == (0, 2 * math.log(2))
+
+
+@pytest.mark.parametrize("sigma, steps", [(10.0, 1), (3.73, 1), (1.3, 1), (2.0, 10), (0.6, 1)])
+def test_the_odds_bound_the_best_attacker_and_are_near_what_it_reaches(sigma, steps):
+    """With all records in every step the best attacker is known: a Gaussian of μ = √steps / σ."""
+    best = NormalDist().cdf(math.sqrt(steps) / sigma / 2)
+    assert best <= most_believed(noise_multiplier=sigma, sample_rate=1.0, steps=steps) <= best + 0.11
+
+
+@pytest.mark.parametrize("sigma, q, steps", [(1.0, 1 / 8, 240), (4.0, 1 / 8, 240), (1.0, 1 / 79, 790)])
+def test_the_odds_of_sampled_steps_bound_a_tighter_accountants_and_beat_one_pair(sigma, q, steps):
+    run = {"noise_multiplier": sigma, "sample_rate": q, "steps": steps}
+    tight = min(
+        (math.exp(e) + d) / (1 + math.exp(e))
+        for d in (0.05, 0.2, 0.4)
+        for e in [epsilon(**run, target_delta=d, accountant="pld")]
+    )
+    of_one_pair = 1 / (1 + math.exp(-epsilon(**run)))
+    assert tight - 0.01 <= most_believed(**run) <= of_one_pair
+
+
+def test_without_noise_an_attacker_knows_and_the_odds_round_against_us():
+    assert most_believed(noise_multiplier=0, sample_rate=0.1, steps=9) == 1
+    assert (odds(1.0), odds(0.5), odds(0.5501)) == ((100, 0), (50, 50), (56, 44))
+    assert "at most 56 of 100 possible models" in odds_in_words(0.5501) and odds_in_words(0.5501).endswith("don't, 44.")
+
+
+def test_the_big_numbers_are_the_runs_and_say_what_they_were(explore):
+    explorer = explore(test_data=two_moons(200, seed=1))
+    explorer.wait(30)
+    first = explorer.run
+    explorer.controls["noise_multiplier"].value = 0.1
+    explorer.wait(30)
+    shown = re.findall(r"<b>([^<]*)</b><p>([^<]*) <i>Before: ([^<]*)\.</i>", explorer._numbers.value)
+    run, without = explorer.run, explorer.run.baseline.accuracy
+    assert [number for number, _, _ in shown] == [f"{run.accuracy:.0%}", plots.short(run.exact["worker"]), "100 of 100"]
+    assert f"without privacy ({without:.0%})" in shown[0][1] and shown[1][1].startswith("Practically no guarantee")
+    assert [before for _, _, before in shown] == [
+        f"{first.accuracy:.0%}",
+        plots.short(first.exact["worker"]),
+        str(odds(first.most_believed)[0]),
+    ]
+    assert "point" in points(0.02) and points(-0.01) == "1 point less" and points(0.001) == "as much"
 
 
 def test_the_field_is_what_the_model_believes_and_is_quick_to_draw(explore):

@@ -14,7 +14,6 @@ from torch import nn
 from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
-from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, number_text
 from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import Worker
@@ -99,7 +98,7 @@ class Explorer(LiveTraining):
         rows = [self.controls[name] for name in sliders]
         if rest:
             rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self.controls[name] for name in rest]))
-        self.widget = accessible_box([*rows, *self._rows_below_controls])
+        self._lay_out(rows)
         self.start()
 
     @property

@@ -8,7 +8,6 @@ from torch import nn
 
 from dpteach._checks import choice
 from dpteach.data import Data, split
-from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import RANGES, Range, Slider, menu, number_text
 from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
@@ -83,7 +82,7 @@ class FederatedExplorer(LiveTraining):
         averages = [("weighted by records", "size"), ("all the same", "equal")]
         controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
         super().__init__(controls, settings, make_model)
-        self.widget = accessible_box([*self.controls.values(), *self._rows_below_controls])
+        self._lay_out([*self.controls.values()])
         self.start()
 
     @property

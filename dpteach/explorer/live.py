@@ -9,7 +9,7 @@ from IPython.display import display
 
 from dpteach._checks import choice
 from dpteach.explorer.accessibility import accessible_box, live_region
-from dpteach.explorer.controls import RANGES, Range, Slider, label_of
+from dpteach.explorer.controls import RANGES, Range, Slider, label_of, two_columns
 from dpteach.explorer.thread import Job, WorkerThread
 from dpteach.plots import Panel, alt_text, still, svg
 
@@ -155,7 +155,8 @@ class Viewer(LivePicture):
             choice("ranges", name, limits)
         self._draw = draw
         super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
-        self.widget = accessible_box([*self.controls.values(), self._status_line, self._picture, self._spoken])
+        page = two_columns([*self.controls.values()], [self._status_line, self._picture])
+        self.widget = accessible_box([page, self._spoken])
         self._thread.request(force=True)
 
     def _panels(self) -> list[Panel]:

@@ -19,11 +19,23 @@ from torch import nn
 from dpteach import models
 from dpteach.accounting import epsilon
 from dpteach.data import Data
-from dpteach.explorer.controls import button, in_a_row
+from dpteach.explorer.accessibility import accessible_box
+from dpteach.explorer.controls import button, in_a_row, number_text, two_columns
 from dpteach.explorer.live import LivePicture
+from dpteach.explorer.numbers import (
+    BANDS,
+    band,
+    epsilon_number,
+    most_believed,
+    odds,
+    odds_in_words,
+    points,
+    tile,
+    tiles,
+)
 from dpteach.explorer.thread import Job
 from dpteach.federated import Round, Worker, WorkerStep
-from dpteach.plots import Line, Panel, Zones, svg
+from dpteach.plots import Line, Panel, Zones, short, svg
 from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
@@ -71,6 +83,7 @@ class Run:
     boundary: tuple[np.ndarray, np.ndarray] | None = None  # between two classes in the plane, where the run is over
     duration: str = ""  # a sentence, where it is worth one
     ended: str = ""  # why, before its last step
+    before: tuple[float | None, float, float] | None = None  # the numbers of the run before it
 
     @property
     def steps(self) -> int:
@@ -96,6 +109,23 @@ class Run:
     def bound(self) -> dict[str, float]:
         """ε of the whole run by worker's name, by RDP: quick, an upper bound."""
         return self.price("rdp")
+
+    @functools.cached_property
+    def most_believed(self) -> float:
+        """What an attacker can believe of a record of the worker who pays most: :func:`.numbers.most_believed`."""
+        return max(
+            most_believed(
+                noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
+                sample_rate=worker.sample_rate,
+                steps=self.rounds * worker.steps_per_round,
+            )
+            for worker in self.workers
+        )
+
+    @property
+    def numbers(self) -> tuple[float | None, float, float]:
+        """The three big ones: accuracy, ε of the whole run (the highest, by the best that is known), the odds."""
+        return self.accuracy, max((self.exact or self.bound).values()), self.most_believed
 
     def price(self, accountant: str) -> dict[str, float]:
         """ε of the whole run by worker's name; inf for one who trains without privacy."""
@@ -139,11 +169,17 @@ class LiveTraining(LivePicture):
         super().__init__(controls, "dpteach-train", alone=True)
         self._make_model = make_model
         self.run = Run(settings)
-        self._price_line = widgets.HTML()
+        self._numbers, self._price_line = widgets.HTML(), widgets.HTML()
+        self._price_line.add_class("dpteach-small")
+        self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
+
+    def _lay_out(self, controls: list[widgets.Widget]) -> None:
+        """Controls left; numbers, status and pictures right."""
         start = button("Start", "play", "Train again from the beginning", self.start)
         stop = button("Stop", "stop", "Stop training", self.stop)
-        buttons = in_a_row(start, stop, self._status_line)
-        self._rows_below_controls = [buttons, self._price_line, self._picture, self._spoken]
+        left = [*controls, in_a_row(start, stop), self._price_line]
+        page = two_columns(left, [self._numbers, self._status_line, self._picture])
+        self.widget = accessible_box([page, self._spoken])
 
     def _new_run(self, values: dict[str, Any]) -> Run:
         """A run with its workers, by the controls' values; its model comes later."""
@@ -196,6 +232,7 @@ class LiveTraining(LivePicture):
             if job.over:
                 return
             self.run = run
+        run.before = self._before
         timer, pricing = _Timer(), None
         next_frame = timer.began
         with closing(self._steps_of(run, job.values)) as steps:
@@ -210,7 +247,7 @@ class LiveTraining(LivePicture):
                 now = time.perf_counter()
                 if now >= next_frame:
                     status = self._progress_of(run, f", {to_go} to go" if to_go else "")
-                    if not self._show(job, svg(self._panels_of(run)), status, progress=True):
+                    if not self._show(job, self._drawn(run), status, progress=True):
                         return
                     next_frame = time.perf_counter() + _FRAME
                 if run.private and pricing is None and now - timer.began > _PATIENCE:
@@ -218,7 +255,31 @@ class LiveTraining(LivePicture):
         if run.private:
             pricing = pricing or self._price_beside(run, job)
             job.wait_until(pricing.is_set)
-        self._show(job, svg(self._panels_of(run)), run.ended or f"Finished: {self._result_of(run)}.")
+        if run.complete:
+            self._before = run.numbers
+        self._show(job, self._drawn(run), run.ended or f"Finished: {self._result_of(run)}.")
+
+    def _drawn(self, run: Run) -> str:
+        """The pictures of a run; its big numbers are put on the page."""
+        self._numbers.value = self._numbers_of(run)
+        return svg(self._panels_of(run))
+
+    def _numbers_of(self, run: Run) -> str:
+        accuracy, epsilon, most = run.numbers
+        was = run.before
+        without = run.baseline.accuracy if run.baseline is not None else None
+        beside = "of test records"
+        if accuracy is not None and without is not None:
+            beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
+            beside = beside.replace("as much than", "as much as")
+        known = "" if accuracy is None else f"{accuracy:.0%}"
+        delta = number_text(run.settings.target_delta)
+        worth = f"{band(epsilon).capitalize()}: at δ = {delta}, by {'PRV' if run.exact else 'RDP'}."
+        return tiles(
+            tile("accuracy", known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
+            tile("ε of the whole run", epsilon_number(epsilon, bool(run.exact)), worth, short(was[1]) if was else ""),
+            tile("odds", f"{odds(most)[0]} of 100", odds_in_words(most), f"{odds(was[2])[0]}" if was else ""),
+        )
 
     def _show_price(self, run: Run, job: Job) -> None:
         with self._thread.lock:
@@ -276,18 +337,12 @@ class _Timer:
 
 
 EPSILONS = (0.01, 1e4)  # the ends of every axis of ε
-_BANDS = {1.0: "strong", 10.0: "some", math.inf: "practically no guarantee"}
-
-
-def band(epsilon: float) -> str:
-    """What an ε is worth, in words."""
-    return next(words for end, words in _BANDS.items() if epsilon <= end)
 
 
 def bands(across: bool = False) -> Zones:
     """The words behind an axis of ε."""
-    ends = [EPSILONS[0], *list(_BANDS)[:-1], EPSILONS[1]]
-    return Zones(ends, list(_BANDS.values()), ["budget", "", "attacker"], across)
+    ends = [EPSILONS[0], *list(BANDS)[:-1], EPSILONS[1]]
+    return Zones(ends, list(BANDS.values()), ["budget", "", "attacker"], across)
 
 
 def budget_panel(items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:

@@ -89,7 +89,9 @@ def _names(canvas: SvgCanvas | FigureCanvas, axes: Axes) -> None:
     placed = []
     for item, lines in axes.names:
         low, high = axes.y_range
-        outside = "" if low <= item.end <= high * 1.0001 else f"{'▲' if item.end > high else '▼'} {short(item.end)}"
+        outside = f"▲ {short(item.end)}" if item.end > high * 1.0001 else ""
+        if item.end < low and not axes.y_log:
+            outside = f"▼ {short(item.end)}"
         lines = [*lines, outside] if outside else lines
         y = float(np.nan_to_num(axes.y([item.end])[0], nan=axes.bottom))
         placed.append([min(max(y, axes.top), axes.bottom), item, lines])
@@ -151,8 +153,12 @@ def still(panels: Sequence[Panel], words: str = ""):
             return alt_text(panels)
 
         def _repr_png_(self):
-            png = io.BytesIO()
-            self.savefig(png, format="png", dpi=200)
+            from PIL import Image
+
+            drawn, png = io.BytesIO(), io.BytesIO()
+            self.savefig(drawn, format="png", dpi=200)
+            # As few bytes as a picture of a few colours needs: it is stored in a notebook.
+            Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, "png", optimize=True)
             return png.getvalue(), {"width": width, "height": height}  # pixels of a page: sharp on a fine screen
 
     figure = Still(figsize=(width / 100, height / 100), facecolor="white")
