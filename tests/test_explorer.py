@@ -28,7 +28,7 @@ from dpteach.explorer.controls import Slider
 from dpteach.explorer.numbers import most_believed, odds, odds_in_words, points
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
-from dpteach.plots.items import _thin, array
+from dpteach.plots.items import array, thin
 from dpteach.plots.panel import tick_text, ticks
 from dpteach.training import Settings, begin, train
 
@@ -219,10 +219,12 @@ def test_the_curve_of_the_budget_ends_on_the_line_of_the_whole_run_and_never_abo
     explorer = explore()
     explorer.wait(30)
     assert explorer.run.exact["worker"] < explorer.run.bound["worker"]
-    panel = explorer._panels()[1]
-    _, curve, line = panel.items
-    assert max(curve.ys) == curve.ys[-1] == pytest.approx(line.y, rel=1e-9)
-    assert line.label == f"whole run {plots.short(line.y)}" and "RDP" in panel.y_label  # one accountant in one picture
+    panel = explorer._panels()[3]
+    _, path, curve = panel.items
+    bound = explorer.run.bound["worker"]
+    assert max(curve.ys) == curve.ys[-1] == pytest.approx(path.ys[-1], rel=1e-9) == bound
+    assert list(curve.ys) == list(path.ys)  # known before, and so it came
+    assert path.label == f"whole run {plots.short(bound)}" and "RDP" in panel.y_label  # one accountant in one picture
 
 
 def test_a_long_run_says_so_and_an_empty_batch_is_not_a_loss(explore):
@@ -384,10 +386,10 @@ def test_the_live_picture_is_well_formed_and_speaks_its_figures(explore):
     explorer = explore()
     explorer.wait(30)
     pictures = list(ElementTree.fromstring(explorer._picture.value))
-    assert [picture.get("role") for picture in pictures] == ["img"] * 3
+    assert [picture.get("role") for picture in pictures] == ["img"] * 4
     titles = [picture.find("{http://www.w3.org/2000/svg}title").text for picture in pictures]
     assert titles == [picture.get("aria-label") for picture in pictures] == [panel.alt for panel in explorer._panels()]
-    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in titles[1]
+    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in titles[3]
 
 
 def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_step(explore):
@@ -434,7 +436,7 @@ def test_the_still_is_a_png_with_the_sentence_as_its_text(explore):
     still = explorer.still()
     assert repr(still) == plots.alt_text(explorer._panels())
     png, size = still._repr_png_()
-    assert png.startswith(b"\x89PNG") and size["width"] == 1260 and size["height"] > 270  # with the summary below
+    assert png.startswith(b"\x89PNG") and size["width"] == 840 and size["height"] > 540  # with the summary below
 
 
 def test_both_painters_draw_every_kind_of_item():
@@ -491,7 +493,7 @@ def test_axes_of_epsilon_loss_and_accuracy_are_the_same_for_every_run(explore):
         explorer = explore(dataclasses.replace(QUICK, noise_multiplier=sigma, lr=lr))
         explorer.wait(30)
         ranges.add(tuple(panel.ranges() for panel in explorer._panels()))
-    assert len(ranges) == 1 and ranges.pop()[0][1] == (0, 2 * math.log(2))
+    assert len(ranges) == 1 and ranges.pop()[2][1] == (0, 2 * math.log(2))
 
 
 @pytest.mark.parametrize("sigma, steps", [(10.0, 1), (3.73, 1), (1.3, 1), (2.0, 10), (0.6, 1)])
@@ -537,10 +539,70 @@ def test_the_big_numbers_are_the_runs_and_say_what_they_were(explore):
     assert "point" in points(0.02) and points(-0.01) == "1 point less" and points(0.001) == "as much"
 
 
+def test_every_finished_run_is_a_numbered_dot_and_a_stopped_one_is_not(explore):
+    explorer = explore()
+    explorer.wait(30)
+    for sigma in (0.1, 10.0, 1.0):  # the last one is the first one again
+        explorer.controls["noise_multiplier"].value = sigma
+        explorer.wait(30)
+    explorer.controls["epochs"].value = 100
+    wait_for(lambda: explorer.run.steps == 400 and len(explorer.steps) > 3)
+    explorer.stop()
+    explorer.wait(10)
+    assert [(k.number, k.settings.noise_multiplier) for k in explorer.kept] == [(1, 1.0), (2, 0.1), (3, 10.0)]
+    dots = next(item for item in explorer._panels()[0].items if isinstance(item, plots.Points))
+    assert dots.names == ["1", "2", "3"] and list(dots.ys) == [k.accuracy for k in explorer.kept]
+    assert max(dots.xs) / min(dots.xs) > 1000  # σ from 0.1 to 10, by eye
+    best = next(item for item in explorer._panels()[0].items if isinstance(item, Line))
+    assert list(best.ys) == sorted(best.ys) and best.ys[-1] == max(dots.ys)
+    ghosts = [item for item in explorer._panels()[2].items if isinstance(item, Line) and item.ghost]
+    assert len(ghosts) == 3
+
+
+def test_a_choice_brings_the_settings_of_a_run_back_and_presets_are_offered(explore):
+    explorer = explore()
+    explorer.wait(30)
+    first = explorer.steps
+    explorer.controls["noise_multiplier"].value = 5.0
+    explorer.controls["batch_size"].value = 50
+    explorer.wait(30)
+    choices = [name for name, _ in explorer._back.options]
+    assert choices[1].startswith("run 2: ε ≤") and choices[2].startswith("run 1: ε ≤") and "too private" in choices
+    explorer._back.value = 2
+    explorer.wait(30)
+    assert explorer.steps == first and len(explorer.kept) == 2
+    explorer._back.value = choices.index("C too small")
+    explorer.wait(30)
+    assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.01)
+
+
+def test_a_moved_slider_is_answered_before_any_training(explore, monkeypatch):
+    explorer = explore()
+    explorer.wait(30)
+    monkeypatch.setattr(Explorer, "_drain", lambda *_: None)  # no training from here on
+    drawn = []
+    explorer._picture.observe(lambda change: drawn.append(time.perf_counter()), "value")
+    began = time.perf_counter()
+    for k in range(40):
+        explorer.controls["noise_multiplier"].value = 0.1 * 10 ** (k / 20)
+        time.sleep(0.05)
+    explorer.wait(10)
+    took = time.perf_counter() - began
+    print(f"\n{len(drawn) / took:.1f} pictures a second, the first after {1000 * (drawn[0] - began):.0f} ms")
+    assert 5 * took <= len(drawn) <= 10.5 * took + 1  # ten a second, and not more
+    sigma = explorer.settings.noise_multiplier
+    assert f"σ = {sigma:.3g}," in explorer._picture.value and "after step 0 of 8" in explorer._picture.value
+    plan = explorer._new_run(explorer.values)
+    assert f"<b>≤ {plots.short(plan.bound['worker'])}</b>" in explorer._numbers.value
+    assert (
+        f"{odds(plan.most_believed)[0]} of 100" in explorer._numbers.value and "<b>–</b>" not in explorer._numbers.value
+    )
+
+
 def test_the_field_is_what_the_model_believes_and_is_quick_to_draw(explore):
     explorer = explore()
     explorer.wait(30)
-    field = next(item for item in explorer._panels()[2].items if isinstance(item, plots.Field))
+    field = next(item for item in explorer._panels()[1].items if isinstance(item, plots.Field))
     at = torch.tensor([[field.xs[3], field.ys[30]]], dtype=torch.float32)
     assert field.values[30, 3] == pytest.approx(explorer.run.model(at).softmax(1)[0, 1].item(), abs=1e-6)
     panels, took = explorer._panels(), []
@@ -548,7 +610,7 @@ def test_the_field_is_what_the_model_believes_and_is_quick_to_draw(explore):
         began = time.thread_time()
         plots.svg(panels)
         took.append(time.thread_time() - began)
-    print(f"\nthree panels with a field: {1000 * sorted(took)[10]:.1f} ms")
+    print(f"\nfour panels with a field: {1000 * sorted(took)[10]:.1f} ms")
     assert sorted(took)[10] < 0.01  # 2 ms on a quiet machine
 
 
@@ -561,7 +623,7 @@ def test_a_big_number_has_three_digits_at_most(value, text):
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_point():
-    xs, ys = _thin(*map(array, (range(10_000), range(10_000))))
+    xs, ys = thin(*map(array, (range(10_000), range(10_000))))
     assert len(xs) <= 152
     assert (xs[-1], ys[-1]) == (9999, 9999)
     assert all(a == b for a, b in zip(xs, ys))

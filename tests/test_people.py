@@ -22,7 +22,7 @@ LIVE = {
 }
 SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start", "Stop"]
 CONTROLS = {  # what Tab must reach, in this order
-    "Explorer": [*SLIDERS, "More: learning rate, batch size", *BUTTONS],
+    "Explorer": [*SLIDERS, "More: learning rate, batch size", "bring back", *BUTTONS],
     "Viewer": ["noise multiplier σ", "prior"],
     "FederatedExplorer": [
         "σ of alice",
@@ -41,6 +41,7 @@ CONTROLS = {  # what Tab must reach, in this order
         "learning rate",
         "batch size",
         "δ",
+        "bring back",
         *BUTTONS,
         "Pin this run",
         "Unpin all",
@@ -201,7 +202,7 @@ def test_the_folded_sliders_open_by_key_and_are_next_in_order(lab):
     for _ in range(5):
         lab.page.keyboard.press("Tab")
         names.append(lab.page.evaluate(FOCUSED)["name"])
-    assert names == ["learning rate", "learning rate, typed", "batch size", "batch size, typed", "Start"]
+    assert names == ["learning rate", "learning rate, typed", "batch size", "batch size, typed", "bring back"]
 
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
@@ -262,7 +263,7 @@ def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, heig
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_everything_is_on_one_screen_and_on_a_narrow_one_the_pictures_come_first(lab):
-    boxes = """cell => ['.dpteach-controls', '.dpteach-numbers', 'svg'].flatMap(what => [...cell.querySelectorAll(what)])
+    boxes = """cell => ['.dpteach-controls', '.dpteach-numbers', 'svg[role=img]'].flatMap(what => [...cell.querySelectorAll(what)])
                .map(e => e.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"""
     if lab.page.locator(".jp-SideBar").first.is_visible():
         lab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")

@@ -162,7 +162,9 @@ class FederatedExplorer(LiveTraining):
     def _result_of(self, run: Run) -> str:
         return f"test accuracy of the average {run.accuracy:.0%}"
 
-    def _panels_of(self, run: Run) -> list[Panel]:
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        if not run.workers and plan:
+            run = plan
         last = run.history[-1] if run.history else None
         losses = "; ".join(f"{name} {loss:.1f}" for name, loss in last.losses.items()) if last else "no round is done"
         spent = "; ".join(f"{name} {value:.2f}" for name, value in last.epsilons.items()) if last else "nothing yet"

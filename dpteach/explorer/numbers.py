@@ -10,12 +10,13 @@ from dpteach.accounting import epsilon
 from dpteach.plots import short
 
 _DELTAS = (1e-5, *np.linspace(0.02, 0.9, 12))  # at which the curve of (ε, δ) is asked
-BANDS = {1.0: "strong guarantee", 10.0: "some guarantee", math.inf: "practically no guarantee"}
+BANDS = {1.0: "strong", 10.0: "some", math.inf: "practically no guarantee"}
 
 
 def band(epsilon: float) -> str:
     """What an ε is worth, in words."""
-    return next(words for end, words in BANDS.items() if epsilon <= end)
+    words = next(words for end, words in BANDS.items() if epsilon <= end)
+    return words if "guarantee" in words else f"{words} guarantee"
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dpteach import models
-from dpteach.accounting import epsilon
+from dpteach.accounting import epsilon, epsilon_path
 from dpteach.data import Data
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import button, in_a_row, number_text, two_columns
@@ -36,10 +36,12 @@ from dpteach.explorer.numbers import (
 from dpteach.explorer.thread import Job
 from dpteach.federated import Round, Worker, WorkerStep
 from dpteach.plots import Line, Panel, Zones, short, svg
+from dpteach.plots.items import array, thin
 from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
 _PATIENCE = 2.0  # seconds into a run after which the slower, tighter ε is computed without waiting for the end
+_LONG = 20_000  # steps; from there on the path of ε is asked at a few
 _TIMED = 0.5  # seconds of a run that tell its speed
 
 
@@ -59,6 +61,10 @@ class Curve:
         """As it is now, for a panel: it may grow in another thread, x first."""
         n = len(self.ys)
         return Line(self.xs[:n], self.ys[:n], role, label, dashed)
+
+    def ghost(self, role: str) -> Line:
+        """As it ended, pale and short, to stand behind the runs that follow."""
+        return Line(*thin(array(self.xs), array(self.ys)), role, ghost=True)
 
 
 @dataclass
@@ -122,18 +128,29 @@ class Run:
             for worker in self.workers
         )
 
+    @functools.cached_property
+    def path(self) -> Curve:
+        """ε of the first worker after each of some steps, by RDP: known before a step has run."""
+        worker = self.workers[0]
+        steps = self.rounds * worker.steps_per_round
+        if worker.method == "sgd" or steps > _LONG:
+            at = sorted({int(t) for t in np.linspace(1, steps, 10)})
+            return Curve(at, [self.price("rdp", steps=t)[worker.name] for t in at])
+        run = {"noise_multiplier": worker.settings.noise_multiplier, "target_delta": worker.settings.target_delta}
+        return Curve(list(range(1, steps + 1)), list(epsilon_path(**run, sample_rate=worker.sample_rate, steps=steps)))
+
     @property
     def numbers(self) -> tuple[float | None, float, float]:
         """The three big ones: accuracy, ε of the whole run (the highest, by the best that is known), the odds."""
         return self.accuracy, max((self.exact or self.bound).values()), self.most_believed
 
-    def price(self, accountant: str) -> dict[str, float]:
-        """ε of the whole run by worker's name; inf for one who trains without privacy."""
+    def price(self, accountant: str, steps: int | None = None) -> dict[str, float]:
+        """ε of the whole run by worker's name, or of so many steps; inf for one who trains without privacy."""
         return {
             worker.name: epsilon(
                 noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
                 sample_rate=worker.sample_rate,
-                steps=self.rounds * worker.steps_per_round,
+                steps=steps or self.rounds * worker.steps_per_round,
                 target_delta=worker.settings.target_delta,
                 accountant=accountant,
             )
@@ -172,6 +189,7 @@ class LiveTraining(LivePicture):
         self._numbers, self._price_line = widgets.HTML(), widgets.HTML()
         self._price_line.add_class("dpteach-small")
         self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
+        self._drawn_at = -math.inf
 
     def _lay_out(self, controls: list[widgets.Widget]) -> None:
         """Controls left; numbers, status and pictures right."""
@@ -189,7 +207,8 @@ class LiveTraining(LivePicture):
         """Train ``run``, a step of a worker at a time, and keep its record."""
         raise NotImplementedError
 
-    def _panels_of(self, run: Run) -> list[Panel]:
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        """What ``run`` has done; what is known beforehand is that of ``plan``, a run which may follow it."""
         raise NotImplementedError
 
     def _price_of(self, run: Run) -> str:
@@ -221,7 +240,16 @@ class LiveTraining(LivePicture):
 
     def _work(self, job: Job) -> None:
         run = self._new_run(job.values)
+        run.before = self._before
         self._show_price(run, job)
+        # What is known before any training is shown while the slider moves: as often as a frame, never later.
+        job.wait_until(lambda: False, max(0.0, self._drawn_at + _FRAME - time.perf_counter()))
+        if job.over:
+            return
+        picture = self._drawn(self.run, run)
+        with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
+            if not self._thread.stopped:
+                self._picture.value = picture
         if job.comes_to_rest():
             self._drain(run, job)
 
@@ -232,7 +260,6 @@ class LiveTraining(LivePicture):
             if job.over:
                 return
             self.run = run
-        run.before = self._before
         timer, pricing = _Timer(), None
         next_frame = timer.began
         with closing(self._steps_of(run, job.values)) as steps:
@@ -256,13 +283,18 @@ class LiveTraining(LivePicture):
             pricing = pricing or self._price_beside(run, job)
             job.wait_until(pricing.is_set)
         if run.complete:
-            self._before = run.numbers
+            self._keep(run)
         self._show(job, self._drawn(run), run.ended or f"Finished: {self._result_of(run)}.")
 
-    def _drawn(self, run: Run) -> str:
-        """The pictures of a run; its big numbers are put on the page."""
-        self._numbers.value = self._numbers_of(run)
-        return svg(self._panels_of(run))
+    def _keep(self, run: Run) -> None:
+        """Remember a complete run, for the ones that follow."""
+        self._before = run.numbers
+
+    def _drawn(self, run: Run, plan: Run | None = None) -> str:
+        """The pictures, as by :meth:`_panels_of`; the big numbers are put on the page."""
+        self._numbers.value = self._numbers_of(plan or run)
+        self._drawn_at = time.perf_counter()
+        return svg(self._panels_of(run, plan))
 
     def _numbers_of(self, run: Run) -> str:
         accuracy, epsilon, most = run.numbers
@@ -272,6 +304,8 @@ class LiveTraining(LivePicture):
         if accuracy is not None and without is not None:
             beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
             beside = beside.replace("as much than", "as much as")
+        if accuracy is None and was and was[0] is not None:  # nothing goes blank
+            accuracy, beside = was[0], "by the run before; this one has none yet"
         known = "" if accuracy is None else f"{accuracy:.0%}"
         delta = number_text(run.settings.target_delta)
         worth = f"{band(epsilon).capitalize()}: at δ = {delta}, by {'PRV' if run.exact else 'RDP'}."

@@ -87,7 +87,7 @@ class Line(Item):
         return self.xs, self.ys
 
     def draw(self, canvas, axes) -> None:
-        for piece in _pieces(axes.at(*_thin(array(self.xs), array(self.ys)))):
+        for piece in _pieces(axes.at(*thin(array(self.xs), array(self.ys)))):
             canvas.line(piece, self.colour, 1.8, self.dash, _GHOST if self.ghost else 1)
 
 
@@ -136,7 +136,7 @@ class Zones(Item):
                 corners = [[x[0], y[0]], [x[1], y[0]], [x[1], y[1]], [x[0], y[1]]]
                 canvas.area(np.array(corners), COLOURS[role], 0.11)
             at, anchor = ((start + stop) / 2, "middle") if self.across else (axes.left + 6, "start")
-            canvas.text(at, min(y) + 11, name, size=9.5, anchor=anchor, faint=True)
+            canvas.text(at, axes.bottom - 6 if self.across else min(y) + 11, name, size=9.5, anchor=anchor, faint=True)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def array(values) -> np.ndarray:
     return np.asarray(values, dtype=np.float64).ravel()
 
 
-def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most about 150 points: each the mean of its neighbours; the last one is kept as it is."""
     if len(xs) <= _MOST_POINTS:
         return xs, ys
