@@ -301,7 +301,7 @@ class Explorer(LiveTraining):
             items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))
         told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
         alt = (
-            f"{self._accuracy_of.capitalize()} by ε. {told or 'No run has ended'}. This run: at most ε {short(bound)}."
+            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
         )
         words = "Privacy against accuracy", "ε of the whole run (RDP bound)", self._accuracy_of
         return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)

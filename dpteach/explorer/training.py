@@ -180,6 +180,7 @@ class LiveTraining(LivePicture):
         run: the current :class:`Run`, as far as it has come.
     """
 
+    _accuracy_of = "test accuracy"
     _pricing = threading.Lock()  # the slow, tight ε is computed for one run at a time
 
     def __init__(self, controls: dict[str, Any], settings: Settings, make_model: Callable[[], nn.Module]):
@@ -300,7 +301,7 @@ class LiveTraining(LivePicture):
         accuracy, epsilon, most = run.numbers
         was = run.before
         without = run.baseline.accuracy if run.baseline is not None else None
-        beside = "of test records"
+        beside = ""
         if accuracy is not None and without is not None:
             beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
             beside = beside.replace("as much than", "as much as")
@@ -309,8 +310,10 @@ class LiveTraining(LivePicture):
         known = "" if accuracy is None else f"{accuracy:.0%}"
         delta = number_text(run.settings.target_delta)
         worth = f"{band(epsilon).capitalize()}: at δ = {delta}, by {'PRV' if run.exact else 'RDP'}."
+        if math.isinf(epsilon):
+            worth = "No guarantee: no noise hides anybody."
         return tiles(
-            tile("accuracy", known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
+            tile(self._accuracy_of, known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
             tile("ε of the whole run", epsilon_number(epsilon, bool(run.exact)), worth, short(was[1]) if was else ""),
             tile("odds", f"{odds(most)[0]} of 100", odds_in_words(most), f"{odds(was[2])[0]}" if was else ""),
         )
