@@ -550,7 +550,7 @@ def test_every_finished_run_is_a_numbered_dot_and_a_stopped_one_is_not(explore):
     explorer.stop()
     explorer.wait(10)
     assert [(k.number, k.settings.noise_multiplier) for k in explorer.kept] == [(1, 1.0), (2, 0.1), (3, 10.0)]
-    dots = next(item for item in explorer._panels()[0].items if isinstance(item, plots.Points))
+    dots = next(item for item in explorer._panels()[0].items if isinstance(item, plots.Points) and item.names)
     assert dots.names == ["1", "2", "3"] and list(dots.ys) == [k.accuracy for k in explorer.kept]
     assert max(dots.xs) / min(dots.xs) > 1000  # σ from 0.1 to 10, by eye
     best = next(item for item in explorer._panels()[0].items if isinstance(item, Line))

@@ -31,7 +31,7 @@ from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
-_MOST_KEPT, _GHOSTS = 20, 3  # runs
+_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
 _PRESETS: dict[str, dict[str, float]] = {
     "as it opened": {},
     "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
@@ -294,8 +294,13 @@ class Explorer(LiveTraining):
             places = [_on_axis(k.epsilon) for k in kept]
             items.append(Line(np.repeat(places, 2)[1:], np.repeat(best, 2)[:-1], "private", "best so far"))
         places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
-        names = [str(k.number) for k in self.kept]
-        items.append(Points(*(zip(*places) if places else ([], [])), "private", names=names))
+        for some, numbered in (
+            (slice(-_NUMBERED), False),
+            (slice(-_NUMBERED, None), True),
+        ):  # many would hide each other
+            xs, ys = zip(*places[some]) if places[some] else ([], [])
+            names = [str(k.number) for k in self.kept[some]] if numbered else ()
+            items.append(Points(xs, ys, "private", names=names))
         spent = run.epsilons[_NAME].ys
         if spent and run.accuracy is not None and not run.complete and plan is run:
             items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))

@@ -121,12 +121,14 @@ class LivePicture:
                 self._say(status, progress)
             return True
 
-    def _say(self, sentence: str, progress: bool = False) -> None:
+    def _say(self, sentence: str, progress: bool = False, aloud: bool = True) -> None:
         self._status = sentence
         # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended.
         # The line for the eye must not look like one that is read out, not even like one that is switched off: of two
         # such lines with the same words the Orca screen reader takes the first, and says nothing.
         self._status_line.value = f'<span class="dpteach-status">{escape(sentence)}</span>'
+        if not aloud:
+            return
         if sentence and not (progress and self._in_progress):
             self._spoken.value = escape(sentence)
         self._in_progress = progress

@@ -251,6 +251,7 @@ class LiveTraining(LivePicture):
         with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
             if not self._thread.stopped:
                 self._picture.value = picture
+                self._say("It trains as soon as the slider rests.", aloud=False)
         if job.comes_to_rest():
             self._drain(run, job)
 
