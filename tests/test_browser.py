@@ -99,6 +99,27 @@ def test_a_dragged_slider_shows_in_a_new_frame_within_a_moment(lab):
     show_sigma_of_readout(lab)
 
 
+def test_a_drag_is_answered_many_times_a_second_before_one_lets_go(lab):
+    """σ over its whole track in 4 s: ε of the plan moves by orders of magnitude, and the pictures with it."""
+    lab.drag("noise multiplier", [0.01])
+    lab.page.wait_for_timeout(1500)
+    lab.watch()
+    began = lab.now()
+    lab.drag("noise multiplier", [k / 100 for k in range(1, 101)], seconds=4)
+    let_go = lab.now()
+    frames = [f for f in lab.frames() if began < f["ms"] <= let_go and f["picture"]]
+    pictures = [f for f, before in zip(frames[1:], frames) if f["picture"] != before["picture"]]
+    rate, first = len(pictures) / ((let_go - began) / 1000), frames[0]["ms"] - began
+    epsilons = [
+        float(m[1].replace(",", "")) for f in pictures if (m := re.search(r"This run: at most ε ([\d.,]*\d)", f["alt"]))
+    ]
+    print(
+        f"\nwhile dragging: {rate:.1f} pictures a second, the first after {first:.0f} ms, ε from {max(epsilons):.3g} to "
+        f"{min(epsilons):.3g}; machine {slowness():.1f} times slower than a quiet one"
+    )
+    assert rate >= 8 / slowness() and max(epsilons) / min(epsilons) > 1000
+
+
 def test_stop_stops_at_once_and_no_frame_follows(lab):
     waits, slow = [], []
     for _ in range(5):
@@ -220,7 +241,7 @@ def test_run_all_with_two_explorers_trains_each_once(lab_folder, address, browse
 
 def test_the_picture_speaks_its_figures(lab):
     lab.until(
-        r"/σ = 0.77, C = 1.3, 600 epochs. Loss by step: \d\.\d at the end/.test(f.alt)"
+        r"/σ = 0.77, C = 1.3, 600 epochs. .*Loss by step: \d\.\d at the end/.test(f.alt)"
         r" && /ε by step: at most [\d.]+ after step \d+ of 4800/.test(f.alt)"
     )
 

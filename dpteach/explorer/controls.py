@@ -36,6 +36,10 @@ RANGES = {
     "skew": Range(0, 0.99),
 }
 
+# A badge beside a slider's name.
+_CHANGES_EPSILON = dict.fromkeys(("noise_multiplier", "epochs", "batch_size", "target_delta", "rounds"), True)
+_CHANGES_EPSILON |= dict.fromkeys(("max_grad_norm", "lr"), False)
+
 _LABELS = {
     "noise_multiplier": "noise multiplier σ",
     "max_grad_norm": "clipping norm C",
@@ -83,6 +87,8 @@ class Slider:
             self._decimals = max(0, 2 - round(math.log10(high - low)))
             self.widget = widgets.FloatSlider(min=low, max=high, **no_stops, **style)
             self.widget.add_class(f"dpteach-by-{10.0**-self._decimals:g}")
+        if name in _CHANGES_EPSILON:
+            self.widget.add_class(f"dpteach-{'costs' if _CHANGES_EPSILON[name] else 'free'}")
         self.show_digits(start)
 
     @property
@@ -116,9 +122,18 @@ def menu(label: str, options: list, **more: Any) -> widgets.Dropdown:
 
 
 def _control_style() -> dict[str, Any]:
-    """How wide a control and its label are."""
-    layout = widgets.Layout(width="480px", max_width="calc(100% - 4px)")
-    return {"style": {"description_width": "150px"}, "layout": layout}
+    """As wide as its column, its label above it: page.css says how."""
+    return {"layout": widgets.Layout(width="auto", height="auto")}
+
+
+def two_columns(controls: list[widgets.Widget], shown: list[widgets.Widget]) -> widgets.HBox:
+    """Controls left and pictures right; on a narrow page the pictures come first."""
+    columns = widgets.VBox(controls), widgets.VBox(shown)
+    for column, name in zip(columns, ("controls", "shown")):
+        column.add_class(f"dpteach-{name}")
+    row = widgets.HBox(columns)
+    row.add_class("dpteach-columns")
+    return row
 
 
 def in_a_row(*parts: widgets.Widget) -> widgets.HBox:

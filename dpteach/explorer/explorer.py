@@ -14,14 +14,41 @@ from torch import nn
 from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
-from dpteach.explorer.accessibility import accessible_box
-from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, number_text
-from dpteach.explorer.training import LiveTraining, Run, budget_panel, diverged
+from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, menu, number_text
+from dpteach.explorer.training import (
+    EPSILONS,
+    Curve,
+    LiveTraining,
+    Run,
+    bands,
+    budget_panel,
+    class_count,
+    diverged,
+    loss_panel,
+)
 from dpteach.federated import Worker
-from dpteach.plots import Line, Mark, Panel, Points, contour
+from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
+_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
+_PRESETS: dict[str, dict[str, float]] = {
+    "as it opened": {},
+    "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
+    "textbook: σ = 1, C = 1": {"noise_multiplier": 1.0, "max_grad_norm": 1.0},
+    "too private": {"noise_multiplier": 10.0, "max_grad_norm": 1.0},
+    "C too small": {"noise_multiplier": 1.0, "max_grad_norm": 0.01},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A run that went to its end: a numbered dot in the trade-off. ε by RDP."""
+
+    number: int
+    settings: Settings
+    epsilon: float
+    accuracy: float
 
 
 class Explorer(LiveTraining):
@@ -55,6 +82,7 @@ class Explorer(LiveTraining):
         status: the status line's text.
         steps: the :class:`~dpteach.training.Step` records of the current run so far.
         run: all of the current run: :class:`~dpteach.explorer.training.Run`.
+        kept: the last 20 runs that went to their end, as :class:`Kept`: what the trade-off shows.
         error: the exception that ended the last run, or None.
 
     Raises:
@@ -86,7 +114,8 @@ class Explorer(LiveTraining):
         self._baselines: dict[tuple, Run] = {}
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
-        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2
+        self._classes = class_count(data)
+        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2 and self._classes == 2
 
         adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
         for name in sliders:
@@ -95,10 +124,15 @@ class Explorer(LiveTraining):
         limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
         controls = {name: Slider(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
         super().__init__(controls, settings, make_model)
+        self.kept: list[Kept] = []
+        self._ghosts: list[tuple[Line, Line, Line]] = []  # loss, ε and accuracy of the last runs
+        self._back = menu("bring back", [("choose …", 0)])
+        self._offer()
+        self._back.observe(lambda change: self._bring_back(change["new"]), "value")
         rows = [self.controls[name] for name in sliders]
         if rest:
             rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self.controls[name] for name in rest]))
-        self.widget = accessible_box([*rows, *self._rows_below_controls])
+        self._lay_out([*rows, self._back])
         self.start()
 
     @property
@@ -160,7 +194,8 @@ class Explorer(LiveTraining):
             for _ in self._train(baseline):
                 if not baseline.complete:
                     yield
-            baseline.boundary = self._boundary(baseline.model)
+            believed = self._belief(baseline.model)
+            baseline.boundary = None if believed is None else contour(*self._grid[:2], believed, 0.5)
             self._baselines = {key: baseline}
         run.baseline = self._baselines[key]
 
@@ -175,6 +210,30 @@ class Explorer(LiveTraining):
         if run.exact is None:
             return f"ε ≤ {bound:.2f} {delta} (RDP, an upper bound)"
         return f"ε = {run.exact[_NAME]:.2f} {delta} (PRV; the quick RDP bound says {bound:.2f})"
+
+    def _keep(self, run: Run) -> None:
+        super()._keep(run)
+        curves = (run.losses, self._role), (run.epsilons, "budget"), ({_NAME: run.accuracies}, self._role)
+        self._ghosts = [*self._ghosts[-_GHOSTS:], tuple(c[_NAME].ghost(role) for c, role in curves)]
+        if run.accuracy is None or any(kept.settings == run.settings for kept in self.kept):
+            return
+        number = self.kept[-1].number + 1 if self.kept else 1
+        self.kept = [*self.kept[1 - _MOST_KEPT :], Kept(number, run.settings, run.bound[_NAME], run.accuracy)]
+        self._offer()
+
+    def _offer(self) -> None:
+        """The menu: settings worth a try, and those of the runs that were kept."""
+        names = {f"run {k.number}: ε ≤ {short(k.epsilon)}, {k.accuracy:.0%}": k.settings for k in reversed(self.kept)}
+        offered = {name: dataclasses.asdict(s) for name, s in names.items()}
+        start = dataclasses.asdict(self._start_settings)
+        offered |= {name: start | values for name, values in _PRESETS.items()}
+        self._offered = [{}, *offered.values()]
+        self._back.options = [(name, k) for k, name in enumerate(["choose …", *offered])]
+
+    def _bring_back(self, choice: int | None) -> None:
+        for name, value in (self._offered[choice or 0]).items():
+            if name in self._controls:
+                self.controls[name].value = value
 
     def _place_of(self, run: Run) -> str:
         return f"step {run.steps_done}"
@@ -195,9 +254,25 @@ class Explorer(LiveTraining):
                 text += f" at learning rate {number_text(run.baseline.settings.lr)}"
         return text
 
-    def _panels_of(self, run: Run) -> list[Panel]:
-        budget = [self._budget_panel(run)] if self._private else []
-        return [self._loss_panel(run), *budget, (self._boundary_panel if self._plane else self._accuracy_panel)(run)]
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        if not run.workers:
+            run = plan or run
+        plan = plan or run
+        reached = (self._boundary_panel if self._plane else self._accuracy_panel)(run)
+        panels = [reached, self._loss_panel(run)]
+        if self._private:
+            panels = [self._trade_off_panel(run, plan), *panels, self._budget_panel(run, plan)]
+        s = plan.settings
+        setting = f"Learning rate {number_text(s.lr)}"
+        if self._private:
+            setting = f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}"
+        panels[0] = dataclasses.replace(panels[0], alt=f"{setting}, {s.epochs} epochs. {panels[0].alt}")
+        return panels
+
+    def _ghosts_of(self, run: Run, which: int) -> list[Line]:
+        """The last runs; where ``run`` itself is the last one, those before it."""
+        over = self._ghosts[:-1] if run.complete else self._ghosts
+        return [ghosts[which] for ghosts in over[-_GHOSTS:]]
 
     def _curves(self, run: Run, curve_of: Callable[[Run], Any], label: str) -> list[Line]:
         """A curve of the run, and below it the one of the run without privacy."""
@@ -206,60 +281,91 @@ class Explorer(LiveTraining):
             lines.append(curve_of(run.baseline).line("non-private", "without privacy", dashed=True))
         return [*lines, curve_of(run).line(self._role, "with privacy" if self._private else label)]
 
-    def _loss_panel(self, run: Run) -> Panel:
-        s, end = run.settings, run.steps if run.history else 1
-        setting = f"Learning rate {number_text(s.lr)}"
-        if self._private:
-            setting = f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}"
-        alt = f"{setting}, {s.epochs} epochs. Loss by step: {_late_loss(run)} at the end"
-        alt += "." if run.baseline is None else f", {_late_loss(run.baseline)} without privacy."
-        items = self._curves(run, lambda run: run.losses[_NAME], "loss")
-        return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, end))
+    def _trade_off_panel(self, run: Run, plan: Run) -> Panel:
+        """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
+        items: list[Any] = [bands(across=True)]
+        if run.baseline is not None and run.baseline.accuracy is not None:
+            items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
+        bound = plan.bound.get(_NAME, math.inf)
+        items.append(Mark("budget", x=_on_axis(bound)))
+        kept = sorted(self.kept, key=lambda k: k.epsilon)
+        best = list(itertools.accumulate((k.accuracy for k in kept), max))
+        if len(kept) > 1:  # a staircase: nothing in between was reached
+            places = [_on_axis(k.epsilon) for k in kept]
+            items.append(Line(np.repeat(places, 2)[1:], np.repeat(best, 2)[:-1], "private", "best so far"))
+        places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
+        for some, numbered in (
+            (slice(-_NUMBERED), False),
+            (slice(-_NUMBERED, None), True),
+        ):  # many would hide each other
+            xs, ys = zip(*places[some]) if places[some] else ([], [])
+            names = [str(k.number) for k in self.kept[some]] if numbered else ()
+            items.append(Points(xs, ys, "private", names=names))
+        spent = run.epsilons[_NAME].ys
+        if spent and run.accuracy is not None and not run.complete and plan is run:
+            items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))
+        told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
+        alt = (
+            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
+        )
+        words = "Privacy against accuracy", "ε of the whole run (RDP bound)", self._accuracy_of
+        return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)
 
-    def _budget_panel(self, run: Run) -> Panel:
-        spent, end = run.epsilons[_NAME], run.steps if run.history else 1
-        items: list[Any] = [spent.line("budget", "spent (RDP bound)")]
-        bound = run.bound.get(_NAME, math.inf)
+    def _loss_panel(self, run: Run) -> Panel:
+        alt = f"Loss by step: {_late_loss(run)} at the end"
+        alt += "." if run.baseline is None else f", {_late_loss(run.baseline)} without privacy."
+        items = self._ghosts_of(run, 0) + self._curves(run, lambda run: run.losses[_NAME], "loss")
+        return loss_panel(items, "step", run.steps, alt, self._classes)
+
+    def _budget_panel(self, run: Run, plan: Run) -> Panel:
+        bound, spent = plan.bound[_NAME], run.epsilons[_NAME] if plan is run else Curve()
+        items: list[Any] = self._ghosts_of(plan, 1)
         if math.isfinite(bound):
-            items.append(Mark("budget", "whole run (RDP)", y=bound))
+            items.append(plan.path.line("budget", f"whole run {short(bound)}", dashed=True))
+        items.append(spent.line("budget", "so far"))
         so_far = f"{spent.ys[-1]:.2f}" if spent.ys else "0"
-        alt = f"ε by step: at most {so_far} after step {run.steps_done} of {end}."
-        return budget_panel(run, items, "step", "ε", end, alt)
+        alt = f"ε by step: at most {so_far} after step {len(spent.ys)} of {plan.steps}."
+        return budget_panel(items, "step", "ε (RDP bound)", plan.steps, alt)
 
     def _boundary_panel(self, run: Run) -> Panel:
-        items: list[Any] = list(self._points)
+        xs, ys, _ = self._grid
+        believed = self._belief(run.model) if run.model is not None else None
+        items: list[Any] = [] if believed is None else [Field(xs, ys, believed)]
+        items += self._points
         if run.baseline is not None and run.baseline.boundary is not None:
-            items.append(Line(*run.baseline.boundary, "non-private", dashed=True))
-        boundary = self._boundary(run.model) if run.model is not None else None
-        if boundary is not None:
-            items.append(Line(*boundary, self._role))
+            items.append(Line(*run.baseline.boundary, "non-private", "without privacy", dashed=True))
+        if believed is not None:
+            items.append(
+                Line(*contour(xs, ys, believed, 0.5), self._role, "with privacy" if self._private else "model")
+            )
         alt = "Decision boundary between the two classes"
         alt += "." if run.accuracy is None else f"; {self._accuracy_of} {run.accuracy:.0%}."
-        return Panel("Decision boundary", "first coordinate", "second coordinate", items, alt, *self._window)
+        return Panel("What the model believes", "first coordinate", "second coordinate", items, alt, *self._window)
 
     def _accuracy_panel(self, run: Run) -> Panel:
         title = self._accuracy_of.capitalize()
         alt = f"{title} by epoch" + ("" if run.accuracy is None else f": {run.accuracy:.0%} at the end")
         without = run.baseline.accuracy if run.baseline is not None else None
         alt += "." if without is None else f", {without:.0%} without privacy."
-        items = self._curves(run, lambda run: run.accuracies, "accuracy")
+        items = self._ghosts_of(run, 2) + self._curves(run, lambda run: run.accuracies, "accuracy")
         x_range = (0, max(run.settings.epochs, 2))
-        return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(0, 1))
+        return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(1 / self._classes, 1))
 
-    def _boundary(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
+    def _belief(self, model: nn.Module) -> np.ndarray | None:
+        """Of each place of the grid: the probability of class 1, by the model."""
         if not self._plane:
             return None
         xs, ys, grid = self._grid
         with torch.no_grad():
-            scores = model(grid.to(next(model.parameters()).device)).cpu().numpy()
-        margin = (scores[:, 1] - scores[:, 0]).reshape(len(ys), len(xs))
-        return contour(xs, ys, margin, 0.0) if np.isfinite(margin).all() else None
+            scores = model(grid.to(next(model.parameters()).device))
+        believed = scores.softmax(1)[:, 1].cpu().numpy().reshape(len(ys), len(xs))
+        return believed if np.isfinite(believed).all() else None
 
     @functools.cached_property
     def _points(self) -> list[Points]:
         shown = self._data.take(min(200, len(self._data)))
         places = [shown.X[shown.y == label].T.cpu().numpy() for label in (0, 1)]
-        return [Points(xs, ys, "data", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
+        return [Points(xs, ys, f"class {k}", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
 
     @functools.cached_property
     def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -272,8 +378,15 @@ class Explorer(LiveTraining):
         return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
 
 
+def _on_axis(epsilon: float) -> float:
+    """An ε beyond the axis stands at its end."""
+    return min(max(epsilon, EPSILONS[0]), EPSILONS[1])
+
+
 def _late_loss(run: Run) -> str:
     """The mean loss of the last epoch that has run, coarsely: one batch's loss says little."""
+    if not run.history:
+        return "none"
     last_epoch = itertools.takewhile(lambda step: step.epoch == run.history[-1].epoch, reversed(run.history))
     losses = [step.loss for step in last_epoch if math.isfinite(step.loss)]
     return f"{sum(losses) / len(losses):.1f}" if losses else "none"

@@ -8,9 +8,8 @@ from torch import nn
 
 from dpteach._checks import choice
 from dpteach.data import Data, split
-from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import RANGES, Range, Slider, menu, number_text
-from dpteach.explorer.training import LiveTraining, Run, budget_panel, diverged
+from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
 from dpteach.plots import Panel
 from dpteach.training import Settings
@@ -70,6 +69,7 @@ class FederatedExplorer(LiveTraining):
                 f"noise_multipliers must hold one number for each of the {len(names)} workers, got {sigmas!r}"
             )
         self._data, self._settings, self._names, self._test_data = data, settings, names, test_data
+        self._classes = class_count(data)
         self._sigma_of = {name: f"noise_multiplier_{name}" if len(names) <= 3 else "noise_multiplier" for name in names}
 
         controls: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class FederatedExplorer(LiveTraining):
         averages = [("weighted by records", "size"), ("all the same", "equal")]
         controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
         super().__init__(controls, settings, make_model)
-        self.widget = accessible_box([*self.controls.values(), *self._rows_below_controls])
+        self._lay_out([*self.controls.values()])
         self.start()
 
     @property
@@ -162,7 +162,9 @@ class FederatedExplorer(LiveTraining):
     def _result_of(self, run: Run) -> str:
         return f"test accuracy of the average {run.accuracy:.0%}"
 
-    def _panels_of(self, run: Run) -> list[Panel]:
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        if not run.workers and plan:
+            run = plan
         last = run.history[-1] if run.history else None
         losses = "; ".join(f"{name} {loss:.1f}" for name, loss in last.losses.items()) if last else "no round is done"
         spent = "; ".join(f"{name} {value:.2f}" for name, value in last.epsilons.items()) if last else "nothing yet"
@@ -172,9 +174,9 @@ class FederatedExplorer(LiveTraining):
         reached_alt = f"Test accuracy of the average by round: {reached}."
         average, label, end = [run.accuracies.line("private", "federated")], "share of test records right", run.rounds
         return [
-            Panel("Training loss", "round", "loss (batch mean)", self._lines(run, run.losses), loss_alt, (0, end)),
-            budget_panel(run, self._lines(run, run.epsilons), "round", "ε of each worker (RDP bound)", end, spent_alt),
-            Panel("Accuracy of the average", "round", label, average, reached_alt, (0, end), (0, 1)),
+            loss_panel(self._lines(run, run.losses), "round", end, loss_alt, self._classes),
+            budget_panel(self._lines(run, run.epsilons), "round", "ε of each worker (RDP bound)", end, spent_alt),
+            Panel("Accuracy of the average", "round", label, average, reached_alt, (0, end), (1 / self._classes, 1)),
         ]
 
     def _lines(self, run: Run, curves: dict) -> list:

@@ -9,7 +9,7 @@ from IPython.display import display
 
 from dpteach._checks import choice
 from dpteach.explorer.accessibility import accessible_box, live_region
-from dpteach.explorer.controls import RANGES, Range, Slider, label_of
+from dpteach.explorer.controls import RANGES, Range, Slider, label_of, two_columns
 from dpteach.explorer.thread import Job, WorkerThread
 from dpteach.plots import Panel, alt_text, still, svg
 
@@ -45,6 +45,10 @@ class LivePicture:
         """The picture as it is now."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The picture in words."""
+        return alt_text(self._panels())
+
     @property
     def status(self) -> str:
         """What the status line says, as plain text."""
@@ -78,8 +82,8 @@ class LivePicture:
             raise TimeoutError(f"still at work after {timeout} s: {self.status}")
 
     def still(self):
-        """The picture as a matplotlib figure; a notebook shows it as a PNG."""
-        return still(self._panels())
+        """The picture with its summary, as a matplotlib figure; a notebook shows it as a PNG."""
+        return still(self._panels(), self.summary())
 
     def _ipython_display_(self) -> None:
         names = ", ".join(map(label_of, self.controls))
@@ -117,12 +121,14 @@ class LivePicture:
                 self._say(status, progress)
             return True
 
-    def _say(self, sentence: str, progress: bool = False) -> None:
+    def _say(self, sentence: str, progress: bool = False, aloud: bool = True) -> None:
         self._status = sentence
         # Ten times a second is for the eye. What is read out has a line of its own: that a run began, and how it ended.
         # The line for the eye must not look like one that is read out, not even like one that is switched off: of two
         # such lines with the same words the Orca screen reader takes the first, and says nothing.
         self._status_line.value = f'<span class="dpteach-status">{escape(sentence)}</span>'
+        if not aloud:
+            return
         if sentence and not (progress and self._in_progress):
             self._spoken.value = escape(sentence)
         self._in_progress = progress
@@ -151,12 +157,9 @@ class Viewer(LivePicture):
             choice("ranges", name, limits)
         self._draw = draw
         super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
-        self.widget = accessible_box([*self.controls.values(), self._status_line, self._picture, self._spoken])
+        page = two_columns([*self.controls.values()], [self._status_line, self._picture])
+        self.widget = accessible_box([page, self._spoken])
         self._thread.request(force=True)
-
-    def summary(self) -> str:
-        """The picture in words."""
-        return alt_text(self._panels())
 
     def _panels(self) -> list[Panel]:
         return self._draw(**self.values)

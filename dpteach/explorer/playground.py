@@ -83,7 +83,9 @@ class Playground:
         pin = button("Pin this run", "thumb-tack", "Keep the run's ε and accuracy", self.pin)
         clear = button("Unpin all", "trash", "Forget the runs that were kept", self._unpin)
         self._note, self._kept, self._place = live_region(), widgets.HTML(), widgets.VBox()
-        rows = [*self.menus.values(), self._place, in_a_row(pin, clear, self._note), self._kept]
+        menus = in_a_row(*self.menus.values())
+        menus.add_class("dpteach-menus")
+        rows = [menus, self._place, in_a_row(pin, clear, self._note), self._kept]
         self.widget = accessible_box(rows)
         for choice in self.menus.values():
             choice.observe(lambda _: self._open(), "value")
@@ -174,7 +176,7 @@ class Playground:
 
     def still(self):
         """The pinned runs as a matplotlib figure, ε across and accuracy upward."""
-        return still(self._panels())
+        return still(self._panels(), self.summary())
 
     def summary(self) -> str:
         """The pinned runs in words."""

@@ -71,6 +71,11 @@ class WorkerThread:
         self._thread: threading.Thread | None = None
 
     @property
+    def stopped(self) -> bool:
+        """Whether nothing is wanted: after a Stop."""
+        return self._wanted is None
+
+    @property
     def busy(self) -> bool:
         """Whether it is at work."""
         return self._thread is not None

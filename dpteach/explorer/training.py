@@ -1,6 +1,7 @@
 """What the live pictures of a training share: one kind of run, one loop that drains it, one price line."""
 
 import functools
+import math
 import threading
 import time
 from collections import defaultdict
@@ -16,17 +17,31 @@ import torch
 from torch import nn
 
 from dpteach import models
-from dpteach.accounting import epsilon
+from dpteach.accounting import epsilon, epsilon_path
 from dpteach.data import Data
-from dpteach.explorer.controls import button, in_a_row
+from dpteach.explorer.accessibility import accessible_box
+from dpteach.explorer.controls import button, in_a_row, number_text, two_columns
 from dpteach.explorer.live import LivePicture
+from dpteach.explorer.numbers import (
+    BANDS,
+    band,
+    epsilon_number,
+    most_believed,
+    odds,
+    odds_in_words,
+    points,
+    tile,
+    tiles,
+)
 from dpteach.explorer.thread import Job
 from dpteach.federated import Round, Worker, WorkerStep
-from dpteach.plots import Line, Panel, svg
+from dpteach.plots import Line, Panel, Zones, short, svg
+from dpteach.plots.items import array, thin
 from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
 _PATIENCE = 2.0  # seconds into a run after which the slower, tighter ε is computed without waiting for the end
+_LONG = 20_000  # steps; from there on the path of ε is asked at a few
 _TIMED = 0.5  # seconds of a run that tell its speed
 
 
@@ -46,6 +61,10 @@ class Curve:
         """As it is now, for a panel: it may grow in another thread, x first."""
         n = len(self.ys)
         return Line(self.xs[:n], self.ys[:n], role, label, dashed)
+
+    def ghost(self, role: str) -> Line:
+        """As it ended, pale and short, to stand behind the runs that follow."""
+        return Line(*thin(array(self.xs), array(self.ys)), role, ghost=True)
 
 
 @dataclass
@@ -70,6 +89,7 @@ class Run:
     boundary: tuple[np.ndarray, np.ndarray] | None = None  # between two classes in the plane, where the run is over
     duration: str = ""  # a sentence, where it is worth one
     ended: str = ""  # why, before its last step
+    before: tuple[float | None, float, float] | None = None  # the numbers of the run before it
 
     @property
     def steps(self) -> int:
@@ -96,13 +116,41 @@ class Run:
         """ε of the whole run by worker's name, by RDP: quick, an upper bound."""
         return self.price("rdp")
 
-    def price(self, accountant: str) -> dict[str, float]:
-        """ε of the whole run by worker's name; inf for one who trains without privacy."""
+    @functools.cached_property
+    def most_believed(self) -> float:
+        """What an attacker can believe of a record of the worker who pays most: :func:`.numbers.most_believed`."""
+        return max(
+            most_believed(
+                noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
+                sample_rate=worker.sample_rate,
+                steps=self.rounds * worker.steps_per_round,
+            )
+            for worker in self.workers
+        )
+
+    @functools.cached_property
+    def path(self) -> Curve:
+        """ε of the first worker after each of some steps, by RDP: known before a step has run."""
+        worker = self.workers[0]
+        steps = self.rounds * worker.steps_per_round
+        if worker.method == "sgd" or steps > _LONG:
+            at = sorted({int(t) for t in np.linspace(1, steps, 10)})
+            return Curve(at, [self.price("rdp", steps=t)[worker.name] for t in at])
+        run = {"noise_multiplier": worker.settings.noise_multiplier, "target_delta": worker.settings.target_delta}
+        return Curve(list(range(1, steps + 1)), list(epsilon_path(**run, sample_rate=worker.sample_rate, steps=steps)))
+
+    @property
+    def numbers(self) -> tuple[float | None, float, float]:
+        """The three big ones: accuracy, ε of the whole run (the highest, by the best that is known), the odds."""
+        return self.accuracy, max((self.exact or self.bound).values()), self.most_believed
+
+    def price(self, accountant: str, steps: int | None = None) -> dict[str, float]:
+        """ε of the whole run by worker's name, or of so many steps; inf for one who trains without privacy."""
         return {
             worker.name: epsilon(
                 noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
                 sample_rate=worker.sample_rate,
-                steps=self.rounds * worker.steps_per_round,
+                steps=steps or self.rounds * worker.steps_per_round,
                 target_delta=worker.settings.target_delta,
                 accountant=accountant,
             )
@@ -132,17 +180,25 @@ class LiveTraining(LivePicture):
         run: the current :class:`Run`, as far as it has come.
     """
 
+    _accuracy_of = "test accuracy"
     _pricing = threading.Lock()  # the slow, tight ε is computed for one run at a time
 
     def __init__(self, controls: dict[str, Any], settings: Settings, make_model: Callable[[], nn.Module]):
         super().__init__(controls, "dpteach-train", alone=True)
         self._make_model = make_model
         self.run = Run(settings)
-        self._price_line = widgets.HTML()
+        self._numbers, self._price_line = widgets.HTML(), widgets.HTML()
+        self._price_line.add_class("dpteach-small")
+        self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
+        self._drawn_at = -math.inf
+
+    def _lay_out(self, controls: list[widgets.Widget]) -> None:
+        """Controls left; numbers, status and pictures right."""
         start = button("Start", "play", "Train again from the beginning", self.start)
         stop = button("Stop", "stop", "Stop training", self.stop)
-        buttons = in_a_row(start, stop, self._status_line)
-        self._rows_below_controls = [buttons, self._price_line, self._picture, self._spoken]
+        left = [*controls, in_a_row(start, stop), self._price_line]
+        page = two_columns(left, [self._numbers, self._status_line, self._picture])
+        self.widget = accessible_box([page, self._spoken])
 
     def _new_run(self, values: dict[str, Any]) -> Run:
         """A run with its workers, by the controls' values; its model comes later."""
@@ -152,7 +208,8 @@ class LiveTraining(LivePicture):
         """Train ``run``, a step of a worker at a time, and keep its record."""
         raise NotImplementedError
 
-    def _panels_of(self, run: Run) -> list[Panel]:
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        """What ``run`` has done; what is known beforehand is that of ``plan``, a run which may follow it."""
         raise NotImplementedError
 
     def _price_of(self, run: Run) -> str:
@@ -184,7 +241,17 @@ class LiveTraining(LivePicture):
 
     def _work(self, job: Job) -> None:
         run = self._new_run(job.values)
+        run.before = self._before
         self._show_price(run, job)
+        # What is known before any training is shown while the slider moves: as often as a frame, never later.
+        job.wait_until(lambda: False, max(0.0, self._drawn_at + _FRAME - time.perf_counter()))
+        if job.over:
+            return
+        picture = self._drawn(self.run, run)
+        with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
+            if not self._thread.stopped:
+                self._picture.value = picture
+                self._say("It trains as soon as the slider rests.", aloud=False)
         if job.comes_to_rest():
             self._drain(run, job)
 
@@ -209,7 +276,7 @@ class LiveTraining(LivePicture):
                 now = time.perf_counter()
                 if now >= next_frame:
                     status = self._progress_of(run, f", {to_go} to go" if to_go else "")
-                    if not self._show(job, svg(self._panels_of(run)), status, progress=True):
+                    if not self._show(job, self._drawn(run), status, progress=True):
                         return
                     next_frame = time.perf_counter() + _FRAME
                 if run.private and pricing is None and now - timer.began > _PATIENCE:
@@ -217,7 +284,40 @@ class LiveTraining(LivePicture):
         if run.private:
             pricing = pricing or self._price_beside(run, job)
             job.wait_until(pricing.is_set)
-        self._show(job, svg(self._panels_of(run)), run.ended or f"Finished: {self._result_of(run)}.")
+        if run.complete:
+            self._keep(run)
+        self._show(job, self._drawn(run), run.ended or f"Finished: {self._result_of(run)}.")
+
+    def _keep(self, run: Run) -> None:
+        """Remember a complete run, for the ones that follow."""
+        self._before = run.numbers
+
+    def _drawn(self, run: Run, plan: Run | None = None) -> str:
+        """The pictures, as by :meth:`_panels_of`; the big numbers are put on the page."""
+        self._numbers.value = self._numbers_of(plan or run)
+        self._drawn_at = time.perf_counter()
+        return svg(self._panels_of(run, plan))
+
+    def _numbers_of(self, run: Run) -> str:
+        accuracy, epsilon, most = run.numbers
+        was = run.before
+        without = run.baseline.accuracy if run.baseline is not None else None
+        beside = ""
+        if accuracy is not None and without is not None:
+            beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
+            beside = beside.replace("as much than", "as much as")
+        if accuracy is None and was and was[0] is not None:  # nothing goes blank
+            accuracy, beside = was[0], "by the run before; this one has none yet"
+        known = "" if accuracy is None else f"{accuracy:.0%}"
+        delta = number_text(run.settings.target_delta)
+        worth = f"{band(epsilon).capitalize()}: at δ = {delta}, by {'PRV' if run.exact else 'RDP'}."
+        if math.isinf(epsilon):
+            worth = "No guarantee: no noise hides anybody."
+        return tiles(
+            tile(self._accuracy_of, known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
+            tile("ε of the whole run", epsilon_number(epsilon, bool(run.exact)), worth, short(was[1]) if was else ""),
+            tile("odds", f"{odds(most)[0]} of 100", odds_in_words(most), f"{odds(was[2])[0]}" if was else ""),
+        )
 
     def _show_price(self, run: Run, job: Job) -> None:
         with self._thread.lock:
@@ -274,14 +374,29 @@ class _Timer:
         return f"about {round(minutes)} minute{'s' if round(minutes) > 1 else ''}" if minutes > 1 else ""
 
 
-def budget_panel(run: Run, items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:
-    """What has been spent, up to a little above the price of the whole run.
+EPSILONS = (0.01, 1e4)  # the ends of every axis of ε
 
-    By the curve's accountant: it would cross a tighter one's line, as if the run overspent.
-    """
-    top = max(run.bound.values(), default=0.0)
-    y_range = (0, top * 1.08) if 0 < top < float("inf") else (0, 1)
-    return Panel("Privacy budget spent", x_label, y_label, items, alt, (0, end), y_range)
+
+def bands(across: bool = False) -> Zones:
+    """The words behind an axis of ε."""
+    ends = [EPSILONS[0], *list(BANDS)[:-1], EPSILONS[1]]
+    return Zones(ends, list(BANDS.values()), ["budget", "", "attacker"], across)
+
+
+def budget_panel(items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:
+    """What has been spent: every run on the same logarithmic axis."""
+    return Panel("Privacy budget spent", x_label, y_label, [bands(), *items], alt, (0, end), EPSILONS, y_log=True)
+
+
+def loss_panel(items: list, x_label: str, end: float, alt: str, classes: int) -> Panel:
+    """The loss, up to twice that of a model that knows nothing: log of the number of classes."""
+    y_range = (0, 2 * math.log(classes))
+    return Panel("Training loss", x_label, "loss (batch mean)", items, alt, (0, end), y_range)
+
+
+def class_count(data: Data) -> int:
+    """How many classes the labels name, at least two."""
+    return max(2, int(data.y.max()) + 1)
 
 
 @torch.no_grad()

@@ -4,18 +4,18 @@ A :class:`Panel` says what a picture shows, with a sentence for those who can't 
 millisecond, for ten frames a second; :func:`still` draws the same for the saved notebook. A colour means the same
 everywhere: see :data:`COLOURS`.
 
-A new kind of item is one class in ``items``: where it lies, and how each of the two painters draws it.
+A new kind of item is one class in ``items``, which draws itself on either canvas.
 """
 
 import inspect
 import textwrap
 
-from dpteach.plots.items import COLOURS, Band, Bars, Item, Line, Mark, Points, contour
+from dpteach.plots.items import COLOURS, Band, Bars, Field, Item, Line, Mark, Points, Zones, contour
 from dpteach.plots.painters import still, svg
-from dpteach.plots.panel import Panel, alt_text
+from dpteach.plots.panel import Panel, alt_text, short
 
-__all__ = ["COLOURS", "Band", "Bars", "Item", "Line", "Mark", "Panel", "Points"]
-__all__ += ["alt_text", "contour", "source", "still", "svg"]
+__all__ = ["COLOURS", "Band", "Bars", "Field", "Item", "Line", "Mark", "Panel", "Points", "Zones"]
+__all__ += ["alt_text", "contour", "short", "source", "still", "svg"]
 
 
 class Source(str):

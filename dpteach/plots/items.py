@@ -1,4 +1,7 @@
-"""What a panel is made of. Each item says where it lies, and draws itself: as SVG, with matplotlib, and in the key."""
+"""What a panel is made of. An item says what of the axes it needs, and draws itself on a canvas, in pixels.
+
+A canvas is one of those in ``canvas``: SVG text, or matplotlib. Nothing here knows which.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ COLOURS = {
     "budget": "#028F5E",
     "attacker": "#BF500D",
     "data": "#987CC1",
+    "class 0": "#987CC1",
+    "class 1": "#B98D12",
     "first worker": "#A4367B",
     "second worker": "#B98D12",
     "other worker": "#787878",
@@ -21,6 +26,7 @@ COLOURS = {
 
 Values = Sequence[float] | np.ndarray
 _MOST_POINTS = 150
+_GHOST = 0.3  # opacity
 
 
 class Item:
@@ -28,11 +34,7 @@ class Item:
 
     role: str
     label: str
-
-    @property
-    def dash(self) -> str:
-        """SVG's stroke-dasharray."""
-        return "none"
+    dash: tuple[float, ...] = ()  # on and off, in pixels; none for a solid line
 
     @property
     def colour(self) -> str:
@@ -44,50 +46,49 @@ class Item:
         """What the eye tells it by: two items of the same look can't be told apart."""
         return type(self), self.colour, self.dash
 
+    @property
+    def end(self) -> float | None:
+        """The height of its right end, where its name can stand; None where it has no such end."""
+        return None
+
     def extent(self) -> tuple[Values, Values]:
         """The xs and the ys that the axes are to hold."""
+        return [], []
+
+    def draw(self, canvas, axes) -> None:
+        """Draw on a canvas, inside the frame of ``axes``: :class:`~dpteach.plots.painters.Axes`."""
         raise NotImplementedError
 
-    def svg(self, axes) -> str:
-        """SVG elements, inside the axes' frame. ``axes``: :class:`~dpteach.plots.painters.SvgAxes`."""
-        raise NotImplementedError
-
-    def svg_key(self, x: float, y: float) -> str:
-        """The sign beside its name in the key, from ``x`` on and around the height ``y``."""
-        return f'<path d="M{x},{y}h14" stroke="{self.colour}" stroke-width="3" stroke-dasharray="{self.dash}"/>'
-
-    def matplotlib(self, axes, **style) -> None:
-        """Draw on a matplotlib ``Axes``. ``style``: its ``color`` and ``label``."""
-        raise NotImplementedError
+    def sign(self, canvas, x: float, y: float) -> None:
+        """The sign beside its name, from ``x`` on and around the height ``y``."""
+        canvas.line(np.array([[x, y], [x + 13, y]]), self.colour, 3, self.dash)
 
 
 @dataclass(frozen=True)
 class Line(Item):
-    """A curve. ``xs`` and ``ys``: equally long; a NaN makes a gap. ``role``: a key of :data:`COLOURS`."""
+    """A curve. ``xs`` and ``ys``: equally long; a NaN makes a gap. ``ghost``: pale, of a run that is over."""
 
     xs: Values
     ys: Values
     role: str
     label: str = ""
     dashed: bool = False
+    ghost: bool = False
+
+    @property
+    def dash(self) -> tuple[float, ...]:
+        return (5, 4) if self.dashed else ()
+
+    @property
+    def end(self) -> float | None:
+        return next((float(y) for y in reversed(self.ys) if math.isfinite(y)), None)
 
     def extent(self) -> tuple[Values, Values]:
         return self.xs, self.ys
 
-    @property
-    def dash(self) -> str:
-        return "5 4" if self.dashed else "none"
-
-    def svg(self, axes) -> str:
-        dash = f' stroke-dasharray="{self.dash}"' if self.dashed else ""
-        return "".join(
-            f'<polyline points="{piece}" fill="none" stroke="{self.colour}" stroke-width="1.8"{dash}/>'
-            for piece in _pieces(axes, *_thin(array(self.xs), array(self.ys)))
-        )
-
-    def matplotlib(self, axes, **style) -> None:
-        xs, ys = _thin(array(self.xs), array(self.ys))
-        axes.plot(xs, ys, linestyle="--" if self.dashed else "-", linewidth=1.5, **style)
+    def draw(self, canvas, axes) -> None:
+        for piece in _pieces(axes.at(*thin(array(self.xs), array(self.ys)))):
+            canvas.line(piece, self.colour, 1.8, self.dash, _GHOST if self.ghost else 1)
 
 
 @dataclass(frozen=True)
@@ -103,52 +104,100 @@ class Band(Item):
     def extent(self) -> tuple[Values, Values]:
         return self.xs, np.append(array(self.low), array(self.high))
 
-    def svg(self, axes) -> str:
-        xs, low, high = array(self.xs), array(self.low), array(self.high)
-        there, back = _pieces(axes, xs, low), _pieces(axes, xs[::-1], high[::-1])
-        if not there or not back:
-            return ""
-        return f'<polygon points="{there[0]} {back[0]}" fill="{self.colour}" fill-opacity=".2"/>'
+    def draw(self, canvas, axes) -> None:
+        there, back = _pieces(axes.at(self.xs, self.low)), _pieces(axes.at(self.xs, self.high))
+        if there and back:
+            canvas.area(np.concatenate([there[0], back[0][::-1]]), self.colour, 0.2)
 
-    def matplotlib(self, axes, **style) -> None:
-        axes.fill_between(array(self.xs), array(self.low), array(self.high), alpha=0.2, linewidth=0, **style)
+
+@dataclass(frozen=True)
+class Zones(Item):
+    """Named stretches of one axis, behind everything else: ``names[i]`` lies between ``ends[i]`` and ``ends[i + 1]``.
+
+    Args:
+        ends: ascending.
+        names: what they are called; one less than the ends.
+        roles: the colour of each; ``""`` for none.
+        across: of the horizontal axis; otherwise of the upright one.
+    """
+
+    ends: Values
+    names: Sequence[str]
+    roles: Sequence[str]
+    across: bool = False
+    role: str = "non-private"
+    label: str = ""
+
+    def draw(self, canvas, axes) -> None:
+        edges = axes.x(self.ends) if self.across else axes.y(self.ends)
+        for start, stop, name, role in zip(edges, edges[1:], self.names, self.roles):
+            x, y = ([start, stop], [axes.top, axes.bottom]) if self.across else ([axes.left, axes.right], [start, stop])
+            if role:
+                corners = [[x[0], y[0]], [x[1], y[0]], [x[1], y[1]], [x[0], y[1]]]
+                canvas.area(np.array(corners), COLOURS[role], 0.11)
+            at, anchor = ((start + stop) / 2, "middle") if self.across else (axes.left + 6, "start")
+            canvas.text(at, axes.bottom - 6 if self.across else min(y) + 11, name, size=9.5, anchor=anchor, faint=True)
+
+
+@dataclass(frozen=True)
+class Field(Item):
+    """A value at every place, as two colours that grow pale where it is near a half: a model's confidence.
+
+    Args:
+        xs, ys: (k,) and (m,), the grid's coordinates, ascending and evenly spaced.
+        values: (m, k), each in [0, 1].
+        roles: the colour at 0 and the one at 1.
+    """
+
+    xs: Values
+    ys: Values
+    values: np.ndarray
+    roles: tuple[str, str] = ("class 0", "class 1")
+    role: str = "class 0"
+    label: str = ""
+
+    def extent(self) -> tuple[Values, Values]:
+        return self.xs, self.ys
+
+    def draw(self, canvas, axes) -> None:
+        ends = np.array([[int(COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)] for role in self.roles], dtype=np.uint8)
+        values = np.nan_to_num(np.asarray(self.values, dtype=np.float64), nan=0.5)[::-1]
+        opacity = (20 + 85 * np.abs(2 * values - 1)).astype(np.uint8)
+        (left, bottom), (right, top) = axes.at([self.xs[0], self.xs[-1]], [self.ys[0], self.ys[-1]])
+        rgba = np.dstack([ends[(values > 0.5).astype(int)], opacity])
+        canvas.image(rgba, left, top, right - left, bottom - top)
 
 
 @dataclass(frozen=True)
 class Points(Item):
-    """Dots, or crosses: a second sign beside the colour."""
+    """Dots, or crosses: a second sign beside the colour. ``names``: a short text on each, for a few large dots."""
 
     xs: Values
     ys: Values
     role: str
     label: str = ""
     cross: bool = False
-
-    def extent(self) -> tuple[Values, Values]:
-        return self.xs, self.ys
+    names: Sequence[str] = ()
+    ghost: bool = False
 
     @property
     def look(self) -> tuple:
         return type(self), self.colour, self.cross
 
-    def svg(self, axes) -> str:
-        spots = np.column_stack([axes.x(self.xs), axes.y(self.ys)])
-        shape = "M%.0f,%.0fm-2,-2l4,4m0,-4l-4,4" if self.cross else "M%.0f,%.0fh.01"
-        path = _filled(shape, spots[np.isfinite(spots).all(axis=1)])
-        width = 1.2 if self.cross else 4 if len(spots) > 30 else 7
-        line = f'stroke="{self.colour}" stroke-linecap="round" stroke-width="{width}"'
-        return f'<path d="{path}" fill="none" {line}/>'
+    def extent(self) -> tuple[Values, Values]:
+        return self.xs, self.ys
 
-    def svg_key(self, x: float, y: float) -> str:
-        if self.cross:
-            return f'<path d="M{x + 6},{y}m-3,-3l6,6m0,-6l-6,6" stroke="{self.colour}" stroke-width="1.6"/>'
-        return f'<circle cx="{x + 9}" cy="{y}" r="3" fill="{self.colour}"/>'
+    def draw(self, canvas, axes) -> None:
+        spots = axes.at(self.xs, self.ys)
+        spots = spots[np.isfinite(spots).all(axis=1)]
+        size = 15 if self.names else 5 if len(spots) > 30 else 8
+        if len(spots):
+            (canvas.crosses if self.cross else canvas.dots)(spots, self.colour, size, _GHOST if self.ghost else 1)
+        for (x, y), name in zip(spots, self.names):
+            canvas.text(x, y + 3.5, name, size=10, anchor="middle", bold=True, colour="#FFFFFF")
 
-    def matplotlib(self, axes, **style) -> None:
-        if self.cross:
-            axes.scatter(self.xs, self.ys, s=14, marker="x", linewidths=1, **style)
-        else:
-            axes.scatter(self.xs, self.ys, s=8 if len(self.xs) > 30 else 28, marker="o", linewidths=0, **style)
+    def sign(self, canvas, x: float, y: float) -> None:
+        (canvas.crosses if self.cross else canvas.dots)(np.array([[x + 7, y]]), self.colour, 8)
 
 
 @dataclass(frozen=True)
@@ -163,18 +212,13 @@ class Bars(Item):
     def extent(self) -> tuple[Values, Values]:
         return self.edges, np.append(array(self.heights), 0.0)
 
-    def svg(self, axes) -> str:
+    def draw(self, canvas, axes) -> None:
         edges, base = axes.x(self.edges), axes.bottom
-        return "".join(
-            f'<path d="M{left:.1f},{base}V{top:.1f}H{right:.1f}V{base}" stroke="{self.colour}" fill="{self.colour}" '
-            'fill-opacity=".45"/>'
-            for left, right, top in zip(edges, edges[1:], axes.y(self.heights))
-            if math.isfinite(top)
-        )
-
-    def matplotlib(self, axes, **style) -> None:
-        axes.stairs(self.heights, self.edges, fill=True, alpha=0.45, **style)
-        axes.stairs(self.heights, self.edges, linewidth=1, color=style["color"])
+        for left, right, top in zip(edges, edges[1:], axes.y(self.heights)):
+            if math.isfinite(top):
+                corners = np.array([[left, base], [left, top], [right, top], [right, base]])
+                canvas.area(corners, self.colour, 0.45)
+                canvas.line(corners, self.colour, 1)
 
 
 @dataclass(frozen=True)
@@ -185,24 +229,24 @@ class Mark(Item):
     label: str = ""
     x: float | None = None
     y: float | None = None
+    dash = (2, 2)
 
     @property
-    def dash(self) -> str:
-        return "2 2"
+    def end(self) -> float | None:
+        return self.y
 
     def extent(self) -> tuple[Values, Values]:
         return [] if self.x is None else [self.x], [] if self.y is None else [self.y]
 
-    def svg(self, axes) -> str:
+    def draw(self, canvas, axes) -> None:
         if self.x is not None:
-            way = f"M{axes.x([self.x])[0]:.1f},{axes.top}v{axes.height}"
+            x = axes.x([self.x])[0]
+            way = [[x, axes.top], [x, axes.bottom]]
         else:
-            way = f"M{axes.left},{axes.y([self.y])[0]:.1f}h{axes.width}"
-        return f'<path d="{way}" stroke="{self.colour}" stroke-width="1.8" stroke-dasharray="{self.dash}"/>'
-
-    def matplotlib(self, axes, **style) -> None:
-        draw, at = (axes.axvline, self.x) if self.x is not None else (axes.axhline, self.y)
-        draw(at, linestyle=":", linewidth=1.5, **style)
+            y = axes.y([self.y])[0]
+            way = [[axes.left, y], [axes.right, y]]
+        if np.isfinite(way).all():
+            canvas.line(np.array(way), self.colour, 1.8, self.dash)
 
 
 def contour(xs: np.ndarray, ys: np.ndarray, z: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +270,7 @@ def array(values) -> np.ndarray:
     return np.asarray(values, dtype=np.float64).ravel()
 
 
-def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most about 150 points: each the mean of its neighbours; the last one is kept as it is."""
     if len(xs) <= _MOST_POINTS:
         return xs, ys
@@ -242,17 +286,10 @@ def _thin(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return means(xs), means(ys)
 
 
-def _pieces(axes, xs: np.ndarray, ys: np.ndarray) -> list[str]:
-    """The curve in pixels, cut where it has a gap."""
-    pixels = np.column_stack([axes.x(xs), axes.y(ys)])
+def _pieces(pixels: np.ndarray) -> list[np.ndarray]:
+    """A curve in pixels, cut where it has a gap."""
     known = np.isfinite(pixels).all(axis=1)
     if known.all():
-        return [_filled("%.1f,%.1f ", pixels)] if len(pixels) else []
+        return [pixels] if len(pixels) else []
     cuts = np.flatnonzero(np.diff(known.astype(int))) + 1
-    parts = zip(np.split(pixels, cuts), np.split(known, cuts))
-    return [_filled("%.1f,%.1f ", part) for part, good in parts if len(part) and good[0]]
-
-
-def _filled(shape: str, rows: np.ndarray) -> str:
-    """``shape`` once for every row: one call of ``%`` is three times as quick as one a row."""
-    return (shape * len(rows)) % tuple(rows.ravel().tolist())
+    return [part for part, good in zip(np.split(pixels, cuts), np.split(known, cuts)) if len(part) and good[0]]

@@ -1,27 +1,37 @@
-"""The two painters: frame, ticks and key. What stands inside the frame, each item draws itself."""
+"""From panels to a picture: where the frame, the ticks and the names stand. The strokes are the canvas'."""
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from dpteach.plots.items import array
-from dpteach.plots.panel import Panel, alt_text, tick_text, ticks
+from dpteach.plots.canvas import FigureCanvas, SvgCanvas
+from dpteach.plots.items import Item, array
+from dpteach.plots.panel import Panel, alt_text, short, tick_text, ticks
 
-_WIDTH, _HEIGHT = 330, 250  # of one panel, in SVG units; the picture scales to its page
-_NARROWEST = 260  # pixels of one panel, before the next one goes below it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 48, 38  # between the panel's edge and the axes' frame
+WIDTH, HEIGHT = 420, 270  # of one panel, in pixels; on a page it grows and shrinks
+_NARROWEST, _WIDEST = 300, 760  # on a page, before the next one goes below it; and where it stops growing
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 26, 38  # between the panel's edge and the axes' frame
+_KEY, _LETTER, _LINE = 18, 5.7, 12  # the height of a key above the frame; a letter's width; a line of text
 
 
-class SvgAxes:
-    """A panel's frame in SVG units, and the way from its values to them."""
-
-    left, top, width, height = _LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    bottom = top + height
+class Axes:
+    """A panel's frame in pixels, and the way from its values to them."""
 
     def __init__(self, panel: Panel):
+        labelled = [item for item in panel.items if item.label]
+        # A name stands at the right end of its line. Dots, bars and uprights have none: then all names stand in a key.
+        direct = all(item.end is not None for item in labelled)
+        self.names = [(item, textwrap.wrap(item.label, 13)) for item in labelled] if direct else []
+        self.key: list[Item] = [] if direct else labelled
+        letters = max((len(line) for _, lines in self.names for line in lines), default=0)
+        self.left, self.top = _LEFT, _TOP + (_KEY if self.key else 0)
+        self.right = WIDTH - _RIGHT - (letters * _LETTER + 20 if letters else 0)
+        self.bottom = HEIGHT - _BOTTOM
+        self.width, self.height = self.right - self.left, self.bottom - self.top
         self.x_range, self.y_range = panel.ranges()
         self.x_log, self.y_log = panel.x_log, panel.y_log
 
@@ -33,6 +43,10 @@ class SvgAxes:
         """Where values lie upright."""
         return _scaled(values, *self.y_range, self.y_log, self.bottom, -self.height)
 
+    def at(self, xs, ys) -> np.ndarray:
+        """(n, 2): where pairs of values lie."""
+        return np.column_stack([self.x(xs), self.y(ys)])
+
 
 def _scaled(values, low: float, high: float, log: bool, start: float, length: float) -> np.ndarray:
     values = array(values)
@@ -43,93 +57,118 @@ def _scaled(values, low: float, high: float, log: bool, start: float, length: fl
     return np.minimum(np.maximum(pixels, -9999), 9999)  # far outside is outside; keeps NaN
 
 
+def paint(canvas: SvgCanvas | FigureCanvas, panel: Panel) -> None:
+    """Draw a panel on a canvas."""
+    axes = Axes(panel)
+    left, right, top, bottom = axes.left, axes.right, axes.top, axes.bottom
+    canvas.text(left, 15, panel.title, size=13, bold=True)
+    for value in ticks(*axes.x_range, panel.x_log, 6):
+        x = axes.x([value])[0]
+        canvas.text(x, bottom + 14, tick_text(value), anchor="middle")
+        canvas.line(np.array([[x, bottom], [x, bottom - 4]]), None, 1, opacity=0.5)
+    for value in ticks(*axes.y_range, panel.y_log, 6):
+        y = axes.y([value])[0]
+        canvas.text(left - 5, y + 4, tick_text(value), anchor="end")
+        canvas.line(np.array([[left, y], [right, y]]), None, 1, opacity=0.1)
+    canvas.text((left + right) / 2, HEIGHT - 7, panel.x_label, anchor="middle")
+    canvas.text(12, (top + bottom) / 2, panel.y_label, anchor="middle", turned=True)
+    with canvas.clipped(left, top, axes.width, axes.height):
+        for item in panel.items:
+            item.draw(canvas, axes)
+    canvas.line(np.array([[left, top], [left, bottom], [right, bottom]]), None, 1, opacity=0.45)
+    _names(canvas, axes)
+    x: float = left
+    for item in axes.key:
+        item.sign(canvas, x, top - 12)
+        canvas.text(x + 17, top - 8, item.label)
+        x += 29 + _LETTER * len(item.label)
+
+
+def _names(canvas: SvgCanvas | FigureCanvas, axes: Axes) -> None:
+    """Each line's name at its right end; where two would touch, the lower one gives way. A value outside is said."""
+    placed = []
+    for item, lines in axes.names:
+        low, high = axes.y_range
+        outside = f"▲ {short(item.end)}" if item.end > high * 1.0001 else ""
+        if item.end < low and not axes.y_log:
+            outside = f"▼ {short(item.end)}"
+        lines = [*lines, outside] if outside else lines
+        y = float(np.nan_to_num(axes.y([item.end])[0], nan=axes.bottom))
+        placed.append([min(max(y, axes.top), axes.bottom), item, lines])
+    placed.sort(key=lambda place: place[0])
+    free = axes.top - _LINE / 2
+    for place in placed:  # downward, each below the one before
+        place[0] = max(place[0], free + _LINE / 2)
+        free = place[0] + _LINE * (len(place[2]) - 0.5)
+    floor = axes.bottom + _LINE
+    for place in reversed(placed):  # and up again where the last one fell out
+        place[0] = min(place[0], floor - _LINE * (len(place[2]) - 0.5))
+        floor = place[0] - _LINE / 2
+    for y, item, lines in placed:
+        item.sign(canvas, axes.right + 4, y)
+        for k, line in enumerate(lines):
+            canvas.text(axes.right + 21, y + 4 + _LINE * k, line)
+
+
 def svg(panels: Sequence[Panel]) -> str:
     """One ``<svg>`` for each panel, side by side or, on a narrow page, below each other.
 
     Text has the page's own colour; each panel has its sentence, for a screen reader.
     """
-    pictures = "".join(
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(panel.alt, quote=True)}" '
-        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'style="flex:1 1 {_NARROWEST}px;min-width:0;max-width:{_WIDTH}px;height:auto" '
-        f'font-family="system-ui,sans-serif" font-size="11" fill="currentColor">'
-        f"<title>{escape(panel.alt)}</title>{_svg_panel(panel)}</svg>"
-        for panel in panels
-    )
-    return f'<div style="display:flex;flex-wrap:wrap">{pictures}</div>'
+    columns = _columns(panels)
+    pictures = []
+    for panel in panels:
+        canvas, alt = SvgCanvas(), escape(panel.alt, quote=True)
+        paint(canvas, panel)
+        pictures.append(
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{alt}" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            f'style="flex:1 1 max({_NARROWEST}px,{100 // columns - 1}%);min-width:0;max-width:{_WIDEST}px;height:auto" '
+            'font-family="system-ui,sans-serif" font-size="11" fill="currentColor">'
+            f"<title>{alt}</title>{''.join(canvas.out)}</svg>"
+        )
+    return f'<div style="display:flex;flex-wrap:wrap">{"".join(pictures)}</div>'
 
 
-def _svg_panel(panel: Panel) -> str:
-    axes = SvgAxes(panel)
-    left, top, width, height = axes.left, axes.top, axes.width, axes.height
-    frame = f'<rect x="{left}" y="{top}" width="{width}" height="{height}"'
-    clip_id = f"c{abs(hash((panel.title, *axes.x_range, *axes.y_range))) % 10**9}"
-    out = [
-        f'<clipPath id="{clip_id}">{frame}/></clipPath>',
-        f'<text x="{left}" y="14" font-size="13" font-weight="600">{escape(panel.title)}</text>',
-        f'{frame} fill="none" stroke="currentColor" stroke-opacity=".35"/>',
-    ]
-    for value in ticks(*axes.x_range, panel.x_log, 5):
-        x = axes.x([value])[0]
-        out.append(f'<text x="{x:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{tick_text(value)}</text>')
-        out.append(f'<path d="M{x:.1f},{axes.bottom}v-4" stroke="currentColor" stroke-opacity=".5"/>')
-    for value in ticks(*axes.y_range, panel.y_log, 5):
-        y = axes.y([value])[0]
-        out.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick_text(value)}</text>')
-        out.append(f'<path d="M{left},{y:.1f}h{width}" stroke="currentColor" stroke-opacity=".12"/>')
-    turned = f'transform="translate(11,{top + height / 2}) rotate(-90)"'
-    out += [
-        f'<text x="{left + width / 2}" y="{_HEIGHT - 7}" text-anchor="middle">{escape(panel.x_label)}</text>',
-        f'<text {turned} text-anchor="middle">{escape(panel.y_label)}</text>',
-        f'<g clip-path="url(#{clip_id})">',
-        *(item.svg(axes) for item in panel.items),
-        "</g>",
-    ]
-    x = left
-    for item in panel.items:
-        if item.label:
-            out.append(f'{item.svg_key(x, top - 14)}<text x="{x + 18}" y="{top - 10}">{escape(item.label)}</text>')
-            x += 30 + 6 * len(item.label)
-    return "".join(out)
+def _columns(panels: Sequence[Panel]) -> int:
+    """Of so many panels beside each other: four are two by two."""
+    return 2 if len(panels) == 4 else min(len(panels), 3)
 
 
-def still(panels: Sequence[Panel]):
-    """The panels side by side as a matplotlib figure; a notebook shows a PNG, and the alt sentence as plain text."""
+def still(panels: Sequence[Panel], words: str = ""):
+    """The same as a matplotlib figure; a notebook shows a PNG, 200 dots an inch, and the alt sentence as plain text.
+
+    Args:
+        panels: what to draw.
+        words: a sentence to stand under the picture.
+    """
     from matplotlib.figure import Figure
+
+    columns = _columns(panels)
+    width, rows = WIDTH * columns, math.ceil(len(panels) / columns)
+    lines = textwrap.wrap(words, int(width / 6.2))
+    height = HEIGHT * rows + (17 * len(lines) + 10 if lines else 0)
 
     class Still(Figure):
         def __repr__(self):
             return alt_text(panels)
 
         def _repr_png_(self):
-            png = io.BytesIO()
-            self.savefig(png, format="png", dpi=100)
-            return png.getvalue()
+            from PIL import Image
 
-    figure = Still(figsize=(3.3 * len(panels), 2.7), layout="constrained")
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-        _matplotlib_panel(axes, panel)
+            drawn, png = io.BytesIO(), io.BytesIO()
+            self.savefig(drawn, format="png", dpi=200)
+            # As few bytes as a picture of a few colours needs: it is stored in a notebook.
+            Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, "png", optimize=True)
+            return png.getvalue(), {"width": width, "height": height}  # pixels of a page: sharp on a fine screen
+
+    figure = Still(figsize=(width / 100, height / 100), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.autoscale(False)
+    for k, panel in enumerate(panels):
+        paint(FigureCanvas(axes, k % columns * WIDTH, k // columns * HEIGHT), panel)
+    below = FigureCanvas(axes, 0, HEIGHT * rows)
+    for k, line in enumerate(lines):
+        below.text(14, 14 + 17 * k, line, size=12)
+    axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
-
-
-def _matplotlib_panel(axes, panel: Panel) -> None:
-    for item in panel.items:
-        item.matplotlib(axes, color=item.colour, label=item.label or None)
-    if panel.x_log:
-        axes.set_xscale("log")
-    if panel.y_log:
-        axes.set_yscale("log")
-    x_range, y_range = panel.ranges()
-    axes.set(xlim=x_range, ylim=y_range)
-    for axis, log, ends in ((axes.xaxis, panel.x_log, x_range), (axes.yaxis, panel.y_log, y_range)):
-        if log:  # matplotlib's own labels overlap on an axis of less than a decade
-            values = ticks(*ends, True, 5)
-            axis.set_ticks(values, [tick_text(value) for value in values])
-            axis.set_ticks([], minor=True)
-    axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_xlabel(panel.x_label, fontsize=9)
-    axes.set_ylabel(panel.y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.2)
-    if any(item.label for item in panel.items):
-        axes.legend(fontsize=8, loc="best")

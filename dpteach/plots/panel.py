@@ -15,7 +15,7 @@ class Panel:
 
     Args:
         title, x_label, y_label: in words, with the unit.
-        items: :class:`Line`, :class:`Band`, :class:`Points`, :class:`Bars` and :class:`Mark`, drawn in this order.
+        items: :class:`Line`, :class:`Points`, :class:`Field` and so on, drawn in this order.
         alt: a sentence that says what the picture shows, with its figures.
         x_range, y_range: (low, high); from the items if not given.
         x_log, y_log: draw on a logarithmic axis; values that are not positive are left out.
@@ -94,3 +94,13 @@ def tick_text(value: float) -> str:
         return f"{value:g}"
     digits, power = f"{value:.3e}".split("e")
     return f"{float(digits):g}e{int(power)}"
+
+
+def short(value: float) -> str:
+    """Three digits at most: "0.716", "14.1", "7,900", "∞"."""
+    if math.isinf(value):
+        return "∞"
+    if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
+        return tick_text(float(f"{value:.2g}"))
+    value = float(f"{value:.3g}")
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
