@@ -263,7 +263,7 @@ class LiveTraining(LivePicture):
                 return
             self.run = run
         timer, pricing = _Timer(), None
-        next_frame = self._drawn_at + _FRAME
+        next_frame = timer.began
         with closing(self._steps_of(run, job.values)) as steps:
             for _ in steps:
                 to_go = timer.to_go(run)
