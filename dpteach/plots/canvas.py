@@ -87,14 +87,15 @@ class FigureCanvas:
     POINT = 0.72  # a hundred pixels are an inch
 
     def __init__(self, axes, left: float, top: float):
-        self._axes, self._shift, self._clip = axes, np.array([left, top]), None
+        self._axes, self._shift = axes, np.array([left, top])
+        self._clip: Any = None
 
     @contextmanager
     def clipped(self, left: float, top: float, width: float, height: float):
         """What is drawn meanwhile ends at this rectangle."""
         from matplotlib.patches import Rectangle
 
-        corner = self._shift + [left, top]
+        corner = float(self._shift[0] + left), float(self._shift[1] + top)
         self._clip = Rectangle(corner, width, height, transform=self._axes.transData)
         yield
         self._clip = None

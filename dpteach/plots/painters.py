@@ -77,37 +77,46 @@ def paint(canvas: SvgCanvas | FigureCanvas, panel: Panel) -> None:
             item.draw(canvas, axes)
     canvas.line(np.array([[left, top], [left, bottom], [right, bottom]]), None, 1, opacity=0.45)
     _names(canvas, axes)
-    x: float = left
+    at: float = left
     for item in axes.key:
-        item.sign(canvas, x, top - 12)
-        canvas.text(x + 17, top - 8, item.label)
-        x += 29 + _LETTER * len(item.label)
+        item.sign(canvas, at, top - 12)
+        canvas.text(at + 17, top - 8, item.label)
+        at += 29 + _LETTER * len(item.label)
+
+
+@dataclass
+class _Name:
+    """A line's name at the height where it is to stand."""
+
+    y: float
+    item: Item
+    lines: list[str]
 
 
 def _names(canvas: SvgCanvas | FigureCanvas, axes: Axes) -> None:
     """Each line's name at its right end; where two would touch, the lower one gives way. A value outside is said."""
-    placed = []
+    placed: list[_Name] = []
+    low, high = axes.y_range
     for item, lines in axes.names:
-        low, high = axes.y_range
-        outside = f"▲ {short(item.end)}" if item.end > high * 1.0001 else ""
-        if item.end < low and not axes.y_log:
-            outside = f"▼ {short(item.end)}"
-        lines = [*lines, outside] if outside else lines
-        y = float(np.nan_to_num(axes.y([item.end])[0], nan=axes.bottom))
-        placed.append([min(max(y, axes.top), axes.bottom), item, lines])
-    placed.sort(key=lambda place: place[0])
+        end = item.end if item.end is not None else low
+        outside = f"▲ {short(end)}" if end > high * 1.0001 else ""
+        if end < low and not axes.y_log:
+            outside = f"▼ {short(end)}"
+        y = float(np.nan_to_num(axes.y([end])[0], nan=axes.bottom))
+        placed.append(_Name(min(max(y, axes.top), axes.bottom), item, [*lines, outside] if outside else lines))
+    placed.sort(key=lambda name: name.y)
     free = axes.top - _LINE / 2
-    for place in placed:  # downward, each below the one before
-        place[0] = max(place[0], free + _LINE / 2)
-        free = place[0] + _LINE * (len(place[2]) - 0.5)
+    for name in placed:  # downward, each below the one before
+        name.y = max(name.y, free + _LINE / 2)
+        free = name.y + _LINE * (len(name.lines) - 0.5)
     floor = axes.bottom + _LINE
-    for place in reversed(placed):  # and up again where the last one fell out
-        place[0] = min(place[0], floor - _LINE * (len(place[2]) - 0.5))
-        floor = place[0] - _LINE / 2
-    for y, item, lines in placed:
-        item.sign(canvas, axes.right + 4, y)
-        for k, line in enumerate(lines):
-            canvas.text(axes.right + 21, y + 4 + _LINE * k, line)
+    for name in reversed(placed):  # and up again where the last one fell out
+        name.y = min(name.y, floor - _LINE * (len(name.lines) - 0.5))
+        floor = name.y - _LINE / 2
+    for name in placed:
+        name.item.sign(canvas, axes.right + 4, name.y)
+        for k, line in enumerate(name.lines):
+            canvas.text(axes.right + 21, name.y + 4 + _LINE * k, line)
 
 
 def svg(panels: Sequence[Panel]) -> str:
