@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from contextlib import suppress
 
 import numpy as np
