@@ -125,7 +125,7 @@ class Explorer(LiveTraining):
         controls = {name: Slider(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
         super().__init__(controls, settings, make_model)
         self.kept: list[Kept] = []
-        self._ghosts: list[tuple[Line, Line, Line]] = []  # loss, ε and accuracy of the last runs
+        self._ghosts: list[tuple[Line, ...]] = []  # loss, ε and accuracy of the last runs
         self._back = menu("bring back", [("choose …", 0)])
         self._offer()
         self._back.observe(lambda change: self._bring_back(change["new"]), "value")
@@ -291,13 +291,17 @@ class Explorer(LiveTraining):
         kept = sorted(self.kept, key=lambda k: k.epsilon)
         best = list(itertools.accumulate((k.accuracy for k in kept), max))
         if len(kept) > 1:  # a staircase: nothing in between was reached
-            places = [_on_axis(k.epsilon) for k in kept]
-            items.append(Line(np.repeat(places, 2)[1:], np.repeat(best, 2)[:-1], "private", "best so far"))
+            items.append(
+                Line(
+                    np.repeat([_on_axis(k.epsilon) for k in kept], 2)[1:],
+                    np.repeat(best, 2)[:-1],
+                    "private",
+                    "best so far",
+                )
+            )
         places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
-        for some, numbered in (
-            (slice(-_NUMBERED), False),
-            (slice(-_NUMBERED, None), True),
-        ):  # many would hide each other
+        # Many would hide each other.
+        for some, numbered in ((slice(-_NUMBERED), False), (slice(-_NUMBERED, None), True)):
             xs, ys = zip(*places[some]) if places[some] else ([], [])
             names = [str(k.number) for k in self.kept[some]] if numbered else ()
             items.append(Points(xs, ys, "private", names=names))

@@ -3,6 +3,7 @@
 import functools
 import math
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,12 @@ def most_believed(*, noise_multiplier: float, sample_rate: float, steps: int) ->
     """
     if noise_multiplier == 0:
         return 1.0
-    run: dict[str, Any] = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps, "accountant": "rdp"}
+    run: dict[str, Any] = {
+        "noise_multiplier": noise_multiplier,
+        "sample_rate": sample_rate,
+        "steps": steps,
+        "accountant": "rdp",
+    }
     inverse = [(math.exp(-epsilon(**run, target_delta=float(delta))), delta) for delta in _DELTAS]
     return min(float((1 + delta * e) / (1 + e)) for e, delta in inverse)
 

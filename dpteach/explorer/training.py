@@ -136,8 +136,14 @@ class Run:
         if worker.method == "sgd" or steps > _LONG:
             at = sorted({int(t) for t in np.linspace(1, steps, 10)})
             return Curve([float(t) for t in at], [self.price("rdp", steps=t)[worker.name] for t in at])
-        run: dict[str, Any] = {"noise_multiplier": worker.settings.noise_multiplier, "target_delta": worker.settings.target_delta}
-        return Curve([float(t) for t in range(1, steps + 1)], list(epsilon_path(**run, sample_rate=worker.sample_rate, steps=steps)))
+        run: dict[str, Any] = {
+            "noise_multiplier": worker.settings.noise_multiplier,
+            "target_delta": worker.settings.target_delta,
+        }
+        return Curve(
+            [float(t) for t in range(1, steps + 1)],
+            list(epsilon_path(**run, sample_rate=worker.sample_rate, steps=steps)),
+        )
 
     @property
     def numbers(self) -> tuple[float | None, float, float]:

@@ -7,6 +7,7 @@ import base64
 import io
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import numpy as np
 

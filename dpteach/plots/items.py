@@ -34,7 +34,11 @@ class Item:
 
     role: str
     label: str
-    dash: tuple[float, ...] = ()  # on and off, in pixels; none for a solid line
+
+    @property
+    def dash(self) -> tuple[float, ...]:
+        """On and off, in pixels; nothing for a solid line."""
+        return ()
 
     @property
     def colour(self) -> str:
@@ -229,7 +233,10 @@ class Mark(Item):
     label: str = ""
     x: float | None = None
     y: float | None = None
-    dash = (2, 2)
+
+    @property
+    def dash(self) -> tuple[float, ...]:
+        return (2, 2)
 
     @property
     def end(self) -> float | None:

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -109,7 +110,7 @@ def _names(canvas: SvgCanvas | FigureCanvas, axes: Axes) -> None:
     for name in placed:  # downward, each below the one before
         name.y = max(name.y, free + _LINE / 2)
         free = name.y + _LINE * (len(name.lines) - 0.5)
-    floor = axes.bottom + _LINE
+    floor: float = axes.bottom + _LINE
     for name in reversed(placed):  # and up again where the last one fell out
         name.y = min(name.y, floor - _LINE * (len(name.lines) - 0.5))
         floor = name.y - _LINE / 2
