@@ -789,6 +789,7 @@ def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
     assert len({tick_text(tick) for tick in values}) == len(values)
 
 
+@pytest.mark.alone
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
     import dpteach.explorer.training as room
 
@@ -812,7 +813,7 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
     explorer.wait(60)
     share = sum(drawing[:-1]) / drawing[-1]
     print(f"\ndrawing: {share:.1%} of the thread's time, {len(drawing) // 3} frames")
-    assert len(drawing) > 15 and share < 0.1  # 4 to 5 % on a quiet machine
+    assert len(drawing) > 15 and share < 0.15  # 5 % on a quiet machine, 12 % beside three busy processes
 
 
 @pytest.fixture
