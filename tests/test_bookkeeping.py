@@ -147,6 +147,19 @@ def test_no_clipped_gradient_is_longer_than_c_where_float32_adds_millions_of_squ
         assert float(summed.double().norm()) <= 1e-3 * (1 + 1e-7)
 
 
+@pytest.mark.parametrize("C", [1e-6, 1e-9])
+def test_squares_that_vanish_in_float32_do_not_let_a_record_past_c(C):
+    """Gradients of 1e-23 at the outputs, whose squares float32 does not hold, times an input of 1e18: about 1e-4."""
+    model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight.data.zero_()
+    model[0].bias.data = torch.cat([torch.tensor([53.0]), torch.zeros(31)])
+    X, y = torch.full((1, 64), 1e18), torch.tensor([0])
+    grads = mechanism.per_sample_gradients(model, F.cross_entropy, X, y)
+    assert float(grads.double().norm()) > 10 * C
+    summed, _ = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)
+    assert float(summed.double().norm()) <= C * (1 + 1e-6)
+
+
 def test_a_layer_that_holds_another_parameter_or_couples_its_words_goes_the_slow_way():
     extra = nn.Linear(2, 2)
     extra.more = nn.Parameter(torch.zeros(1))
