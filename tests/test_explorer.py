@@ -25,7 +25,7 @@ from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
-from dpteach.explorer.numbers import most_believed, odds, odds_in_words, points
+from dpteach.explorer.numbers import most_believed, odds_in_words, points, right_of_100
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
 from dpteach.plots.items import array, thin
@@ -500,7 +500,17 @@ def test_axes_of_epsilon_loss_and_accuracy_are_the_same_for_every_run(explore):
 def test_the_odds_bound_the_best_attacker_and_are_near_what_it_reaches(sigma, steps):
     """With all records in every step the best attacker is known: a Gaussian of μ = √steps / σ."""
     best = NormalDist().cdf(math.sqrt(steps) / sigma / 2)
-    assert best <= most_believed(noise_multiplier=sigma, sample_rate=1.0, steps=steps) <= best + 0.11
+    most = most_believed(noise_multiplier=sigma, sample_rate=1.0, steps=steps)
+    assert best <= most <= best + 0.11
+    for above in (
+        -9.0,
+        -1.0,
+        0.0,
+        0.3,
+        2.0,
+    ):  # one who easily believes, one who hardly does: right as a whole, at most so
+        if_in, if_out = 1 - NormalDist(math.sqrt(steps) / sigma).cdf(above), NormalDist().cdf(above)
+        assert (if_in + if_out) / 2 <= most
 
 
 @pytest.mark.parametrize("sigma, q, steps", [(1.0, 1 / 8, 240), (4.0, 1 / 8, 240), (1.0, 1 / 79, 790)])
@@ -517,8 +527,8 @@ def test_the_odds_of_sampled_steps_bound_a_tighter_accountants_and_beat_one_pair
 
 def test_without_noise_an_attacker_knows_and_the_odds_round_against_us():
     assert most_believed(noise_multiplier=0, sample_rate=0.1, steps=9) == 1
-    assert (odds(1.0), odds(0.5), odds(0.5501)) == ((100, 0), (50, 50), (56, 44))
-    assert "at most 56 of 100 possible models" in odds_in_words(0.5501) and odds_in_words(0.5501).endswith("don't, 44.")
+    assert [right_of_100(most) for most in (1.0, 0.5, 0.5501)] == [100, 50, 56]
+    assert odds_in_words(0.5501).endswith("guesses right at most 56 of 100 times.")
 
 
 def test_the_big_numbers_are_the_runs_and_say_what_they_were(explore):
@@ -534,8 +544,9 @@ def test_the_big_numbers_are_the_runs_and_say_what_they_were(explore):
     assert [before for _, _, before in shown] == [
         f"{first.accuracy:.0%}",
         plots.short(first.exact["worker"]),
-        str(odds(first.most_believed)[0]),
+        str(right_of_100(first.most_believed)),
     ]
+    assert points(round(0.804, 2) - round(0.976, 2)) == "18 points less"  # beside 80% and 98%
     assert "point" in points(0.02) and points(-0.01) == "1 point less" and points(0.001) == "as much"
 
 
@@ -595,7 +606,8 @@ def test_a_moved_slider_is_answered_before_any_training(explore, monkeypatch):
     plan = explorer._new_run(explorer.values)
     assert f"<b>≤ {plots.short(plan.bound['worker'])}</b>" in explorer._numbers.value
     assert (
-        f"{odds(plan.most_believed)[0]} of 100" in explorer._numbers.value and "<b>–</b>" not in explorer._numbers.value
+        f"{right_of_100(plan.most_believed)} of 100" in explorer._numbers.value
+        and "<b>–</b>" not in explorer._numbers.value
     )
 
 

@@ -63,8 +63,8 @@ class Explorer(LiveTraining):
         explorer.wait(); print(explorer.summary()); explorer.still()
 
     Args:
-        data: the private records. With two numbers a record, a third panel shows the decision boundary; otherwise the
-            accuracy by epoch.
+        data: the private records. With two numbers a record and two classes, a panel shows what the model believes;
+            otherwise the accuracy by epoch.
         make_model: ``make_model() -> nn.Module``, a new model each time; ``models.mlp`` or ``models.cnn``, say.
         settings: where the sliders start, and the settings that have none.
         method, optimizer: as for :func:`dpteach.training.train`.

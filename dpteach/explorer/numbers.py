@@ -47,18 +47,16 @@ def most_believed(*, noise_multiplier: float, sample_rate: float, steps: int) ->
     return min(float((1 + delta * e) / (1 + e)) for e, delta in inverse)
 
 
-def odds(most: float) -> tuple[int, int]:
-    """Of 100 possible models: how many make an attacker believe that you took part, if you do, and if you don't."""
-    believed = min(100, math.ceil(100 * most - 1e-9))
-    return believed, 100 - believed
+def right_of_100(most: float) -> int:
+    """:func:`most_believed`, of a hundred guesses, rounded up."""
+    return min(100, math.ceil(100 * most - 1e-9))
 
 
 def odds_in_words(most: float) -> str:
-    """The odds as a sentence."""
-    if_in, if_out = odds(most)
+    """The odds as a sentence. "At most" holds for every attacker: one who always says "in" is right 50 times."""
     return (
-        f"If you take part, at most {if_in} of 100 possible models would make an attacker believe that you did; "
-        f"if you don't, {if_out}."
+        "If a coin decided whether you take part, an attacker who sees the model guesses right "
+        f"at most {right_of_100(most)} of 100 times."
     )
 
 

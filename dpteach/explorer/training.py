@@ -27,9 +27,9 @@ from dpteach.explorer.numbers import (
     band,
     epsilon_number,
     most_believed,
-    odds,
     odds_in_words,
     points,
+    right_of_100,
     tile,
     tiles,
 )
@@ -310,7 +310,7 @@ class LiveTraining(LivePicture):
         without = run.baseline.accuracy if run.baseline is not None else None
         beside = ""
         if accuracy is not None and without is not None:
-            beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
+            beside = f"{points(round(accuracy, 2) - round(without, 2))} than without privacy ({without:.0%})."
             beside = beside.replace("as much than", "as much as")
         if accuracy is None and was and was[0] is not None:  # nothing goes blank
             accuracy, beside = was[0], "by the run before; this one has none yet"
@@ -322,7 +322,7 @@ class LiveTraining(LivePicture):
         return tiles(
             tile(self._accuracy_of, known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
             tile("ε of the whole run", epsilon_number(epsilon, bool(run.exact)), worth, short(was[1]) if was else ""),
-            tile("odds", f"{odds(most)[0]} of 100", odds_in_words(most), f"{odds(was[2])[0]}" if was else ""),
+            tile("odds", f"{right_of_100(most)} of 100", odds_in_words(most), f"{right_of_100(was[2])}" if was else ""),
         )
 
     def _show_price(self, run: Run, job: Job) -> None:
