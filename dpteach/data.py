@@ -102,22 +102,16 @@ def load_mnist(train: bool = True) -> Data:
     Source: LeCun, Cortes, Burges; CC BY-SA 3.0. See ``data/mnist/README.md``.
     """
     root = cache_folder()
-    raw = root / "MNIST" / "raw"
+    raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
     for name in CHECKSUMS:
         packed = BUNDLED / f"{name}.gz"
         if not (raw / name).exists():
-            _store(_bundled(packed) if packed.exists() else _download(packed.name, root), raw / name)
+            _store(_copy(packed) if packed.exists() else _download(packed.name, root), raw / name)
     for name in CHECKSUMS:
-        _verify(
-            raw / name,
-            hashlib.sha256((raw / name).read_bytes()).hexdigest(),
-            "Delete this file: the next load makes it anew.",
-        )
-    part = "train" if train else "t10k"
+        _verify(raw / name, (raw / name).read_bytes(), "Delete this file: the next load makes it anew.")
     images = _numbers(raw / f"{part}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
-    return Data(
-        images.to(torch.float32).div_(255), _numbers(raw / f"{part}-labels-idx1-ubyte", header=8).to(torch.int64)
-    )
+    labels = _numbers(raw / f"{part}-labels-idx1-ubyte", header=8)
+    return Data(images.to(torch.float32).div_(255), labels.to(torch.int64))
 
 
 def _numbers(path: Path, header: int) -> Tensor:
@@ -125,12 +119,11 @@ def _numbers(path: Path, header: int) -> Tensor:
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=header))
 
 
-def _verify(path: Path, found: str, cure: str) -> None:
-    expected = CHECKSUMS[path.name.removesuffix(".gz")]
-    if found != expected:
-        raise ValueError(
-            f"{path} is damaged or altered: its (unpacked) SHA-256 must be {expected}, found {found}. {cure}"
-        )
+def _verify(path: Path, content: bytes, cure: str) -> bytes:
+    expected, found = CHECKSUMS[path.name.removesuffix(".gz")], hashlib.sha256(content).hexdigest()
+    if found == expected:
+        return content
+    raise ValueError(f"{path} is damaged or altered: its (unpacked) SHA-256 must be {expected}, found {found}. {cure}")
 
 
 def _unpacked(content: bytes) -> bytes:
@@ -142,10 +135,8 @@ def _unpacked(content: bytes) -> bytes:
     return unpacked.getvalue()
 
 
-def _bundled(packed: Path) -> bytes:
-    content = _unpacked(packed.read_bytes())
-    _verify(packed, hashlib.sha256(content).hexdigest(), "Fetch this file again from the project's repository.")
-    return content
+def _copy(packed: Path) -> bytes:
+    return _verify(packed, _unpacked(packed.read_bytes()), "Fetch this file again from the project's repository.")
 
 
 def _download(name: str, root: Path) -> bytes:
@@ -153,9 +144,7 @@ def _download(name: str, root: Path) -> bytes:
     for mirror in MIRRORS:
         try:
             with urllib.request.urlopen(mirror + name, timeout=30) as answer:
-                content = _unpacked(answer.read())
-            _verify(Path(name), hashlib.sha256(content).hexdigest(), "")
-            return content
+                return _verify(Path(name), _unpacked(answer.read()), "")
         except (OSError, http.client.HTTPException, ValueError) as error:
             failed.append(f"{mirror}: {error}")
     raise FileNotFoundError(
@@ -222,10 +211,10 @@ def split(
         by_class = [order[labels == label] for label in np.unique(labels)]
         dealt = [np.split(of, _cuts(draw.dirichlet(workers * share * (1 - skew) / skew), len(of))) for of in by_class]
         parts = [np.sort(np.concatenate(pieces)) for pieces in zip(*dealt)]
-    for part_of in range(workers):  # a worker with nothing takes one record from the largest
-        if len(parts[part_of]) == 0:
+    for k in range(workers):  # a worker with nothing takes one record from the largest
+        if len(parts[k]) == 0:
             largest = max(range(workers), key=lambda w: len(parts[w]))
-            parts[largest], parts[part_of] = parts[largest][:-1], parts[largest][-1:]
+            parts[largest], parts[k] = parts[largest][:-1], parts[largest][-1:]
     return [data.take(torch.from_numpy(part)) for part in parts]
 
 

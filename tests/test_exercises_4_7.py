@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -356,7 +357,7 @@ GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
         {"tell": by_hand},
         {"tell": functools.partial(by_hand, accountant="rdp")},
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_a_training_that_is_written_in_another_way_is_right(how):
     verdict = check("5.4", functools.partial(trains, **how))
@@ -405,7 +406,7 @@ def first_batch_only(model, optimizer, loader):
         ({"tell": lambda *args: 1.0}, "other number"),
         ({"tell": lambda engine, *rest: round(engine.get_epsilon(rest[-1]), 1)}, "rounded"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_a_training_whose_epsilon_is_untrue_gets_the_reason(how, fault):
     verdict = check("5.4", functools.partial(trains, **how))

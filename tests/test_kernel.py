@@ -366,6 +366,7 @@ def test_run_all_while_an_explorer_is_still_training(kernel):
     cells[4].stop()
 
 
+@pytest.mark.alone
 def test_frames_go_on_while_another_cell_is_busy(kernel, cell):
     def frames_of_4_s(code):
         """Frames while ``code`` runs for 4 s, by the kernel's clock."""

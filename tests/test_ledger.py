@@ -20,7 +20,7 @@ from loops import in_one_test
 import dpteach
 from dpteach import accounting
 from dpteach.accounting import epsilon
-from dpteach.ledger import _HEAD, Charge, Ledger, _line, _parsed, _sealed
+from dpteach.ledger import _HEAD, Charge, Ledger, _Account, _line, _parsed, _sealed
 
 CHARGE = {"noise_multiplier": 1.2, "sample_rate": 1 / 235, "steps": 235}
 SMALL = {"noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 1}
@@ -126,7 +126,9 @@ def test_no_charge_of_many_processes_is_lost_and_no_two_have_one_number(path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_threads_that_share_an_object_lose_nothing_and_are_not_alarmed(path, in_memory):
+def test_threads_that_share_an_object_lose_nothing_and_are_not_alarmed(path, in_memory, monkeypatch):
+    charged = _Account.charged  # so slow that another thread has its turn within
+    monkeypatch.setattr(_Account, "charged", lambda *args: time.sleep(1e-3) or charged(*args))
     ledger = Ledger() if in_memory else Ledger(path, new=True)
     numbers, wrong = [], []
 
@@ -236,9 +238,12 @@ def test_another_ledger_in_its_place_is_an_error(tmp_path, ledger):
 
 def test_a_ledger_that_is_rolled_back_or_rewritten_is_an_error(ledger):
     old, name = ledger.path.read_bytes(), ledger.id
-    ledger.charge(**SMALL)
-    ledger.path.write_bytes(old)
-    refused(ledger, LOST.format("lacks charges"))
+    for charge in (CHARGE, SMALL):  # one that is counted in the last row, one with a row of its own
+        ledger.charge(**charge)
+        new = ledger.path.read_bytes()
+        ledger.path.write_bytes(old)
+        refused(ledger, LOST.format("lacks charges"))
+        ledger.path.write_bytes(new)
     rows = [[1.2, 1 / 235, 235, 1], [9.9, 0.1, 1, 3]]  # more charges, but not the ones that were seen
     ledger.path.write_bytes(_sealed(_HEAD + b",\n".join(map(_line, rows)), name))
     refused(ledger, LOST.format("lacks charges"))
