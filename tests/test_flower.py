@@ -660,8 +660,8 @@ def test_somebody_else_on_this_machine_can_not_list_run_or_join(stranger):
             assert stranger.start(*stranger.BECOME, "cat", str(federation._home / door.KEY)).wait(10) != 0
             # And the owner's own commands succeed.
             assert [made.round for made in run] == [2]
-            assert len(federation._flwr("list", "--format", "json")["runs"]) == 1
-            nodes = federation._flwr("supernode", "list", "--format", "json")["nodes"]
+            assert len(federation._flwr("list")["runs"]) == 1
+            nodes = federation._flwr("supernode", "list")["nodes"]
             assert [node["status"] for node in nodes] == ["online"] * len(SIGMAS)
     finally:
         keeper.end(mark)

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from dpteach import models
 from dpteach._checks import choice, number
-from dpteach.accounting import Ledger
+from dpteach.accounting import Ledger, epsilon
 from dpteach.data import Data, load_mnist, split
 from dpteach.federated import Worker
 from dpteach.training import Settings
@@ -26,10 +26,8 @@ MODELS = {"mlp": lambda: models.mlp(784, 64, 10), "cnn": models.cnn}
 PRIVATE = ("dpsgd", "opacus")  # the methods that a run may choose from
 
 # What a node does with its records if its own --node-config doesn't say otherwise. A run can't change it.
-NODE = {"noise-multiplier": 1.3, "max-grad-norm": 1.0, "target-delta": 1e-5, "privacy": "sample"}
-ONLY_THE_NODES = {*NODE, "ledger", "ledgers", "max-epsilon", "data", "name", "partition-id", "num-partitions"} - {
-    "privacy"
-}
+NODE = {"noise-multiplier": 1.3, "max-grad-norm": 1.0, "target-delta": 1e-5}
+ONLY_THE_NODES = {*NODE, "max-epsilon", "ledger", "ledgers", "data", "name", "partition-id", "num-partitions"}
 VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virtual nodes, which have none
 
 
@@ -41,7 +39,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def answer(arrays: ArrayRecord, context: Context) -> RecordDict:
-    """What :func:`train_round` returns, or a refusal with its reason, in which case nothing was trained."""
+    """What :func:`train_round` returns, or a refusal with its reason: then nothing was trained."""
     try:
         return train_round(arrays, context)
     except (ValueError, OSError) as error:
@@ -82,24 +80,17 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
         pass
     metrics = {"num-examples": len(worker.data)}
     if method != "sgd":
-        metrics |= {
-            "epsilon": worker.epsilon("rdp"),
-            "steps": worker.ledger.steps,
-            "epsilon-by-state": _by_state(context, worker),
-        }
-    return RecordDict(
-        {
-            "arrays": ArrayRecord(model.state_dict()),
-            "metrics": MetricRecord(metrics),
-            "who": ConfigRecord({"name": worker.name}),
-        }
-    )
+        metrics |= {"epsilon": worker.epsilon("rdp"), "steps": worker.ledger.steps}
+        metrics |= {"epsilon-by-state": _by_state(context, worker)}
+    who = ConfigRecord({"name": worker.name})
+    return RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord(metrics), "who": who})
 
 
 def own_config(context: Context) -> dict:
     """What the node itself has said: :data:`NODE`, and over it its ``--node-config``."""
-    virtual = os.environ.get(VARIABLE)
-    return {**NODE, **(json.loads(Path(virtual).read_text(encoding="utf8")) if virtual else {}), **context.node_config}
+    file = os.environ.get(VARIABLE)
+    virtual = json.loads(Path(file).read_text(encoding="utf8")) if file else {}
+    return NODE | virtual | context.node_config
 
 
 def check_request(node: dict, run: dict) -> None:
@@ -108,16 +99,13 @@ def check_request(node: dict, run: dict) -> None:
     Raises:
         ValueError: names the key, its value, and who may set it.
     """
-    if theirs := sorted(ONLY_THE_NODES & run.keys()):
-        raise ValueError(
-            f"{theirs[0]} must not be in a run's config, got {run[theirs[0]]!r}: only a node's own --node-config may "
-            "set it"
-        )
-    if choice("privacy", run["privacy"], ("sample", "client")) == "client" and node["privacy"] != "client":
+    for key in sorted(ONLY_THE_NODES & run.keys()):
+        only = "only a node's own --node-config may set it"
+        raise ValueError(f"{key} must not be in a run's config, got {run[key]!r}: {only}")
+    if choice("privacy", run["privacy"], ("sample", "client")) == "client" and node.get("privacy") != "client":
         raise ValueError(
             "privacy must be 'sample' on this node, got 'client' from the run, which is training without noise: only "
-            "the "
-            'node\'s own --node-config can agree to that, with privacy="client"'
+            'the node\'s own --node-config can agree to that, with privacy="client"'
         )
 
 
@@ -129,11 +117,9 @@ def check_budget(node: dict, worker: Worker) -> None:
     for charge in worker.ledger.charges:
         after.charge(**asdict(charge))
     after.charge(noise_multiplier=sigma, sample_rate=worker.sample_rate, steps=worker.steps_per_round)
-    epsilon = after.epsilon(target_delta=worker.settings.target_delta, accountant="rdp")
-    if epsilon > number("max-epsilon", node["max-epsilon"], low=0):
-        raise ValueError(
-            f"max-epsilon is {node['max-epsilon']:g} on this node, and after the round ε would be {epsilon:.4g}"
-        )
+    spent = after.epsilon(target_delta=worker.settings.target_delta, accountant="rdp")
+    if spent > (limit := number("max-epsilon", node["max-epsilon"], low=0)):
+        raise ValueError(f"max-epsilon is {limit:g} on this node, and after the round ε would be {spent:.4g}")
 
 
 def _name(node: dict) -> str:
@@ -163,16 +149,9 @@ def _ledger(node: dict, method: str) -> Ledger:
 
 
 def _by_state(context: Context, worker: Worker) -> float:
-    """ε by a history in ``Context.state``: too little after a restart, or in a second run."""
-    kept = context.state.get("history", {"noise-multiplier": [], "sample-rate": [], "steps": []})
+    """ε of the steps in ``Context.state``, all of one run: too little after a restart, or in a second run."""
     new = worker.ledger.charges[-1]
-    history = {
-        "noise-multiplier": [*kept["noise-multiplier"], new.noise_multiplier],
-        "sample-rate": [*kept["sample-rate"], new.sample_rate],
-        "steps": [*kept["steps"], new.steps],
-    }
-    context.state["history"] = MetricRecord(history)
-    remembered = Ledger()
-    for sigma, q, steps in zip(*history.values()):
-        remembered.charge(noise_multiplier=sigma, sample_rate=q, steps=int(steps))
-    return remembered.epsilon(target_delta=worker.settings.target_delta, accountant="rdp")
+    steps = context.state.get("charged", {"steps": 0})["steps"] + new.steps
+    context.state["charged"] = MetricRecord({"steps": steps})
+    setting = {**asdict(new), "steps": steps, "target_delta": worker.settings.target_delta}
+    return epsilon(**setting, accountant="rdp")

@@ -10,7 +10,6 @@ Flower's commands with both set, from the folder that :data:`VARIABLE` names; an
 
 import contextlib
 import datetime
-import functools
 import ipaddress
 import os
 import shlex
@@ -31,14 +30,14 @@ def make(folder: Path) -> None:
     here first, if ``PATH`` says so.
     """
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = _new_key(folder / KEY, PrivateFormat.PKCS8)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a federation on this machine")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
-    made = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -46,35 +45,37 @@ def make(folder: Path) -> None:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - day)
         .not_valid_after(now + 365 * day)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
+        .add_extension(here, critical=False)
+        .sign(key, SHA256())
     )
-    (folder / CERTIFICATE).write_bytes(made.public_bytes(Encoding.PEM))
-    _private(folder / KEY, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (folder / CERTIFICATE).write_bytes(signed.public_bytes(Encoding.PEM))
     (folder / COMMANDS).mkdir()
     for entry in metadata.distribution("flwr").entry_points.select(group="console_scripts"):
         script = folder / COMMANDS / entry.name
-        script.write_text(
-            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name} "$@"\n', encoding="utf8"
-        )
+        command = f"{shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name}"
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf8")
         script.chmod(0o700)
 
 
 def make_node_key(file: Path) -> Path:
     """Write a SuperNode's private key into ``file``; returns the file with the public one, to register it."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+    from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 
-    key = ec.generate_private_key(ec.SECP384R1())
-    _private(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public = file.with_suffix(".pub")
-    public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    key = _new_key(file, PrivateFormat.OpenSSH).public_key()
+    public.write_bytes(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return public
 
 
-def _private(file: Path, content: bytes) -> None:
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-        opened.write(content)
+def _new_key(file: Path, written_as):
+    """A private key, which ``file`` then holds for its owner's eyes only."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    with open(file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as opened:
+        opened.write(key.private_bytes(Encoding.PEM, written_as, NoEncryption()))
+    return key
 
 
 def close(folder: Path) -> None:
@@ -83,23 +84,12 @@ def close(folder: Path) -> None:
     import uvicorn
 
     crt, key = str(folder / CERTIFICATE), str(folder / KEY)
+    demanded = {"ssl_certfile": crt, "ssl_keyfile": key, "ssl_ca_certs": crt, "ssl_cert_reqs": ssl.CERT_REQUIRED}
     serve, ask = uvicorn.Config.__init__, httpx.Client.__init__
 
-    @functools.wraps(serve)
     def demand(self, *args, **kwargs):
-        serve(
-            self,
-            *args,
-            **{
-                **kwargs,
-                "ssl_certfile": crt,
-                "ssl_keyfile": key,
-                "ssl_ca_certs": crt,
-                "ssl_cert_reqs": ssl.CERT_REQUIRED,
-            },
-        )
+        serve(self, *args, **{**kwargs, **demanded})
 
-    @functools.wraps(ask)
     def show(self, *, verify=True, **kwargs):
         context = verify if isinstance(verify, ssl.SSLContext) else httpx.create_ssl_context(verify=verify)
         context.load_cert_chain(crt, key)
@@ -113,28 +103,19 @@ def answers_strangers(port: int) -> bool:
 
     The alert that ends a TLS connection is no answer. Silence counts as one: it may be waiting for more.
     """
-
-    def asked(connection: socket.socket) -> bytes:
-        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        return connection.recv(1)
-
-    def connected():
-        return socket.create_connection(("127.0.0.1", port), timeout=5)
-
-    try:
-        with contextlib.suppress(ssl.SSLError, ConnectionError), connected() as plain:
-            if asked(plain) not in (b"", b"\x15"):  # 21: a TLS alert
-                return True
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with (
-            contextlib.suppress(ssl.SSLError, ConnectionError),
-            connected() as plain,
-            context.wrap_socket(plain) as secure,
-        ):
-            return asked(secure) != b""
-    except TimeoutError:
-        return True
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+    alert = b"\x15"  # what a TLS server says to somebody who speaks no TLS
+    for wrap, refusals in ((contextlib.nullcontext, (b"", alert)), (stranger.wrap_socket, (b"",))):
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, wrap(plain) as connection:
+                connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                if connection.recv(1) not in refusals:
+                    return True
+        except TimeoutError:
+            return True
+        except (ssl.SSLError, ConnectionError):
+            pass
     return False
 
 

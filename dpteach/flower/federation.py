@@ -1,6 +1,5 @@
 """A federation on this machine: SuperLink and SuperNodes on loopback ports, started, watched and ended."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -15,8 +14,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,8 +38,8 @@ class Node:
     """A client with records of its own.
 
     Args:
-        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``; not ``link``, ``run`` or ``command``,
-            which the federation's own processes are called.
+        name: unlike the other nodes' names; letters, digits, ``-`` and ``_``; not ``link``, ``run`` or ``command``, the
+            names of the federation's own processes.
         noise_multiplier: σ >= 0.
         max_grad_norm: C > 0.
         target_delta: δ in (0, 1).
@@ -59,9 +59,8 @@ class Node:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"name must be letters, digits, '-' and '_', got {self.name!r}")
         if self.name in _OWN:
-            raise ValueError(
-                f"name must not be one of {', '.join(map(repr, _OWN))}, got {self.name!r}: choose another one"
-            )
+            taken = ", ".join(map(repr, _OWN))
+            raise ValueError(f"name must not be one of {taken}, got {self.name!r}: choose another one")
         number("noise_multiplier", self.noise_multiplier, low=0)
         number("max_grad_norm", self.max_grad_norm, low=0, above=True)
         number("target_delta", self.target_delta, low=0, above=True, high=1)
@@ -95,12 +94,12 @@ class FederatedRound:
 
 
 class _Local:
-    """Processes of Flower on this machine, and the promise that none of them outlives the ``with`` block.
+    """Processes of Flower on this machine, none of which outlives the ``with`` block; a subclass has ``_start``.
 
     A keeper process ends them all when this one closes its pipe, or dies.
     """
 
-    def __init__(self, *, start_timeout: float):
+    def __init__(self, start_timeout: float):
         if not installed():
             raise RuntimeError(MISSING)
         if _WINDOWS:  # it starts NAME.exe there, and never the scripts that door.make writes
@@ -116,11 +115,8 @@ class _Local:
     def __enter__(self):
         self._mark = uuid.uuid4().hex
         self._home = Path(tempfile.mkdtemp(prefix="dpteach-federation-"))  # for the owner's eyes only (0700)
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-m", "dpteach.flower.keeper", self._mark, str(self._home)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        keeper = [sys.executable, "-m", "dpteach.flower.keeper", self._mark, str(self._home)]
+        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._start()
         except BaseException:
@@ -136,72 +132,66 @@ class _Local:
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
-        keeper.stdin.close()
-        keeper.wait(30)
+        keeper.communicate(timeout=30)  # closes the pipe
         if keeper.returncode:  # somebody killed the keeper
             end(self._mark)
             shutil.rmtree(self._home, ignore_errors=True)
         for process in self._processes.values():  # so that none stays as a zombie
             process.wait(30)
 
-    def _start(self) -> None:
-        raise NotImplementedError
-
-    def _start_link(self, *options: str) -> None:
+    def _start_link(self, option: str) -> None:
         door.make(self._home)
         self._port = _free_port()
-        self._spawn(
-            "link",
-            "flower-superlink",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self._port),
-            *self._tls(),
-            "--disable-runtime-dependency-installation",
-            *options,
-        )
-        (self._home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
-            f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n",
-            encoding="utf8",
-        )
+        serve = [*self._at(self._port), "--disable-runtime-dependency-installation", option]
+        self._spawn("link", "flower-superlink", *serve)
+        certificate = json.dumps(str(self._home / door.CERTIFICATE))
+        here = f'address = "127.0.0.1:{self._port}"\nroot-certificates = {certificate}\n'
+        config = f'[superlink]\ndefault = "here"\n[superlink.here]\n{here}'
+        (self._home / "config.toml").write_text(config, encoding="utf8")
         self._wait_for(lambda: _answers(self._port), "the SuperLink did not start")
         self._check_doors()
 
-    def _tls(self) -> list[str]:
-        certificate, key = (str(self._home / name) for name in (door.CERTIFICATE, door.KEY))
-        return ["--ssl-ca-certfile", certificate, "--ssl-certfile", certificate, "--ssl-keyfile", key]
+    def _at(self, port: int) -> list[str]:
+        """Options of a command that listens at ``port``: on loopback, with TLS."""
+        certificate, key = self._home / door.CERTIFICATE, self._home / door.KEY
+        tls = [f"--ssl-ca-certfile={certificate}", f"--ssl-certfile={certificate}", f"--ssl-keyfile={key}"]
+        return ["--host=127.0.0.1", f"--port={port}", *tls]
 
     def _check_doors(self) -> None:
-        for process in marked(self._mark):
-            for port in _listening(process):
-                if door.answers_strangers(port):
-                    raise RuntimeError(
-                        f"The federation was ended: its port {port} answers people who have no certificate, so whoever "
-                        f"has an account on this machine could run programs as you. Flower {version('flwr')} is unlike "
-                        "1.41 and 1.42, which can be closed."
-                    )
+        for port in {port for process in marked(self._mark) for port in _listening(process)}:
+            if door.answers_strangers(port):
+                raise RuntimeError(
+                    f"The federation was ended: its port {port} answers people who have no certificate, so whoever has "
+                    f"an account on this machine could run programs as you. Flower {version('flwr')} is unlike 1.41 "
+                    "and 1.42, which can be closed."
+                )
 
-    def _spawn(self, name: str, command: str, *options: str) -> None:
+    def _spawn(self, name: str, *command: str) -> None:
         with (self._home / f"{name}.log").open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                [self._command(command), *options],
-                env=self._environment(name),
-                cwd=self._home,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            how = {**self._how(name, *command), "stdout": log, "stderr": log}
+            self._processes[name] = subprocess.Popen(**how, start_new_session=True)
+
+    def _flwr(self, *arguments: str) -> dict | None:
+        """The JSON answer of a ``flwr`` command; None where it fails."""
+        how = self._how("command", "flwr", *arguments, "--format", "json")
+        try:
+            return json.loads(subprocess.run(**how, capture_output=True, timeout=30, check=True).stdout)
+        except (subprocess.SubprocessError, ValueError):
+            return None
+
+    def _how(self, name: str, command: str, *arguments: str) -> dict:
+        """What ``subprocess`` needs to start one of Flower's commands."""
+        environment = self._environment(name)
+        path = shutil.which(command, path=environment["PATH"])
+        if path is None:
+            raise RuntimeError(f"{command} was not found. {MISSING}")
+        return {"args": [path, *arguments], "env": environment, "cwd": self._home, "stdin": subprocess.DEVNULL}
 
     def _environment(self, name: str) -> dict[str, str]:
         # A SuperLink starts its helpers by name.
-        scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"
-        inherited = {key: value for key, value in os.environ.items() if key not in _COLOURS}
-        return {
-            **inherited,
-            "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+        folders = (str(self._home / door.COMMANDS), sysconfig.get_path("scripts"), os.environ.get("PATH", ""))
+        return {key: value for key, value in os.environ.items() if key not in _COLOURS} | {
+            "PATH": os.pathsep.join(folders),
             "FLWR_HOME": str(self._home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -210,116 +200,79 @@ class _Local:
             VARIABLE: f"{self._mark}/{name}",
         }
 
-    def _command(self, name: str) -> str:
-        found = shutil.which(name, path=self._environment(name)["PATH"])
-        if found is None:
-            raise RuntimeError(f"{name} was not found. {MISSING}")
-        return found
-
-    def _flwr(self, *arguments: str) -> dict | None:
-        """The JSON answer of a ``flwr`` command; None where it fails."""
-        try:
-            made = subprocess.run(
-                [self._command("flwr"), *arguments],
-                env=self._environment("command"),
-                cwd=self._home,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf8",
-                timeout=30,
-            )
-            return json.loads(made.stdout) if made.returncode == 0 else None
-        except (subprocess.TimeoutExpired, ValueError):
-            return None
-
-    def _wait_for(self, condition, otherwise: str) -> None:
+    def _wait_for(self, condition: Callable[[], bool], otherwise: str) -> None:
         deadline = time.monotonic() + self._start_timeout
         while not condition():
-            self._raise_if_one_ended()
+            self._check_alive()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{otherwise} within {self._start_timeout:g} s. {self._last_words()}")
+                raise TimeoutError(f"{otherwise} within {self._start_timeout:g} s. {self._last_words('link')}")
             time.sleep(_POLL)
 
     def _check_open(self) -> None:
         if self._keeper is None:
             raise RuntimeError("The federation is closed: use it inside its with block.")
-        self._raise_if_one_ended()
+        self._check_alive()
 
-    def _raise_if_one_ended(self) -> None:
+    def _check_alive(self) -> None:
         for name, process in self._processes.items():
-            if process.poll() is not None and name != "run":
-                raise RuntimeError(self._epitaph(name))
+            if name == "run" or process.poll() is None:
+                continue
+            if name == "link":
+                raise RuntimeError(f"The SuperLink has ended. {self._last_words(name)}")
+            raise RuntimeError(
+                f"The node {name!r} has ended in the middle of the work. Its ledger has what it was charged, also for "
+                f"a round that did not finish. Start it again with restart({name!r})."
+            )
 
-    def _epitaph(self, name: str) -> str:
-        return f"The SuperLink has ended. {self._last_words(name)}"
+    def _log(self, name: str) -> str:
+        """What the process has printed so far."""
+        file = self._home / f"{name}.log"
+        return file.read_text(encoding="utf8", errors="replace") if file.exists() else ""
 
-    def _last_words(self, name: str = "link") -> str:
-        log = self._home / f"{name}.log"
-        lines = (
-            [line for line in log.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()]
-            if log.exists()
-            else []
-        )
-        telling = [line for line in lines if "Error: " in line or "Exception: " in line] or lines
-        return f"Its last words: {telling[-1].strip()}" if telling else "It said nothing."
+    def _last_words(self, name: str) -> str:
+        lines = [line.strip() for line in self._log(name).splitlines() if line.strip()]
+        errors = [line for line in lines if "Error: " in line or "Exception: " in line]
+        return f"Its last words: {(errors or lines)[-1]}" if lines else "It said nothing."
 
-    def _lines(self, rounds: int, timeout: float, config: dict, *options: str) -> Iterator[dict]:
+    def _lines(self, config: dict, *options: str) -> Iterator[dict]:
         """The report of one run, line by line, as the server writes it."""
         self._check_open()
         self._runs += 1
-        report = self._home / f"report-{self._runs}.jsonl"
-        changed = {"num-server-rounds": rounds, "round-timeout": timeout, "report": str(report), **config}
-        self._spawn(
-            "run",
-            "flwr",
-            "run",
-            str(APP),
-            "--stream",
-            *options,
-            *(f"--run-config={key}={json.dumps(value)}" for key, value in changed.items()),
-        )
-        read, run_id, ended = 0, None, False
+        report, timeout = self._home / f"report-{self._runs}.jsonl", config["round-timeout"]
+        report.touch()
+        settings = [f"--run-config={k}={json.dumps(v)}" for k, v in {"report": str(report), **config}.items()]
+        self._spawn("run", "flwr", "run", str(APP), "--stream", *options, *settings)
+        read, to_stop = 0, None
         deadline = time.monotonic() + timeout + self._start_timeout
         try:
             while True:
                 over = self._processes["run"].poll() is not None
-                lines = (
-                    report.read_text(encoding="utf8").split("\n")[:-1] if report.exists() else []
-                )  # whole lines only
+                lines = report.read_text(encoding="utf8").split("\n")[:-1]  # whole lines only
                 for line in map(json.loads, lines[read:]):
-                    deadline = time.monotonic() + timeout
                     if "run" in line:
-                        run_id = str(line["run"])
-                    elif "error" in line:
-                        raise RuntimeError(f"The run has stopped: {line['error']}")
-                    elif "end" in line:
-                        ended = True
+                        to_stop = str(line["run"])
+                    elif "end" in line or "error" in line:
+                        to_stop = None
+                        if "error" in line:
+                            raise RuntimeError(f"The run has stopped: {line['error']}")
                         return
                     else:
                         yield line
-                        deadline = time.monotonic() + timeout
+                    deadline = time.monotonic() + timeout
                 read = len(lines)
-                self._raise_if_one_ended()
+                self._check_alive()
                 if over:
                     raise RuntimeError(f"The run has ended early. {self._last_words('run')}")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"No round was finished within {timeout:g} s: raise timeout, or look whether every node has "
-                        "enough memory."
-                    )
+                    advice = "raise timeout, or look whether every node has enough memory."
+                    raise TimeoutError(f"No round was finished within {timeout:g} s: {advice}")
                 time.sleep(_POLL)
         finally:
-            self._end_run(run_id, ended)
-
-    def _end_run(self, run_id: str | None, ended: bool) -> None:
-        process = self._processes.pop("run")
-        if ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-        elif run_id is not None and self._processes["link"].poll() is None:
-            self._flwr("stop", run_id, "--format", "json")
-        end(f"{self._mark}/run", 1)
-        process.wait(10)
+            process = self._processes.pop("run")
+            if to_stop is not None and self._processes["link"].poll() is None:
+                self._flwr("stop", to_stop)
+            end(f"{self._mark}/run", 1)
+            process.wait(10)
 
 
 class Federation(_Local):
@@ -342,13 +295,12 @@ class Federation(_Local):
     """
 
     def __init__(self, nodes: Sequence[Node], folder: str | os.PathLike | None = None, *, start_timeout: float = 90):
-        super().__init__(start_timeout=start_timeout)
+        super().__init__(start_timeout)
         self.nodes = {node.name: node for node in nodes}
         self._killing = threading.Lock()  # a node is not started again while the last one is still being killed
-        if len(self.nodes) < 2 or len(self.nodes) < len(nodes):
-            raise ValueError(
-                f"nodes must be at least two, each with a name of its own, got {[n.name for n in nodes]!r}"
-            )
+        if len(self.nodes) < max(2, len(nodes)):
+            names = [node.name for node in nodes]
+            raise ValueError(f"nodes must be at least two, each with a name of its own, got {names!r}")
         self._folder = None if folder is None else Path(folder).resolve()
         if self._folder is not None:
             if not self._folder.is_dir():
@@ -391,27 +343,22 @@ class Federation(_Local):
             RuntimeError: if a node has ended, or refused; says which one and what to do. The ledgers stay as they are.
             TimeoutError: if a round takes longer than ``timeout``.
         """
-        rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        return self._rounds(
-            rounds, timeout, _run_config({"num_nodes": len(self.nodes), **config})
-        )  # so errors come at the call
+        # The generator is another method, so that these errors come at the call.
+        return self._rounds(_run_config(rounds, timeout, {"num_nodes": len(self.nodes), **config}))
 
     def kill(self, name: str, *, in_next_round: bool = False) -> None:
         """SIGKILL the node ``name``, all of it, as a power cut would.
 
         Args:
-            name: of a node.
             in_next_round: wait, in the background, until the node has charged its ledger once more, and kill it in the
                 middle of that round.
         """
-        known = self._known(name)
+        name = self._known(name)
         if in_next_round:
-            ledger = self.ledger(known)
-            threading.Thread(
-                target=self._kill_after_charge, args=(known, ledger, len(ledger.charges)), daemon=True
-            ).start()
+            ledger = self.ledger(name)
+            threading.Thread(target=self._kill_after_charge, args=(name, ledger, ledger.count), daemon=True).start()
         else:
-            self._kill(known)
+            self._kill(name)
 
     def restart(self, name: str) -> None:
         """Start the node ``name`` again and wait until it is online.
@@ -420,55 +367,37 @@ class Federation(_Local):
             RuntimeError: if it is running.
             TimeoutError: if it is not online in time.
         """
-        node = self._known(name)
         with self._killing:
-            if self._processes[node].poll() is None:
-                raise RuntimeError(f"{node} is running: kill it first.")
-            self._start_node(node)
+            if self._processes[self._known(name)].poll() is None:
+                raise RuntimeError(f"{name} is running: kill it first.")
+            self._start_node(name)
         self._wait_online()
 
     def _start(self) -> None:
         self._start_link("--enable-supernode-auth")
         if self._folder is None:
             self._make_ledgers()
-        for name in self.nodes:
-            self._start_node(name)
+        with ThreadPoolExecutor() as pool:  # Flower's commands take seconds to start
+            list(pool.map(self._start_node, self.nodes))
         self._wait_online()
 
     def _start_node(self, name: str) -> None:
-        node = self.nodes[name]
-        config = {
-            "name": name,
-            "partition-id": list(self.nodes).index(name),
-            "num-partitions": len(self.nodes),
-            "noise-multiplier": float(node.noise_multiplier),
-            "max-grad-norm": float(node.max_grad_norm),
-            "target-delta": float(node.target_delta),
-            "ledger": str(self._ledger_file(name)),
-        }
-        if node.max_epsilon is not None:
-            config["max-epsilon"] = float(node.max_epsilon)
-        key = (
-            self._home / f"{uuid.uuid4().hex}.key"
-        )  # one a start: for about a minute the old one would count as online
-        if self._flwr("supernode", "register", str(door.make_node_key(key)), "--format", "json") is None:
-            raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words()}")
+        own = {key: value for key, value in asdict(self.nodes[name]).items() if value is not None}
+        config = {key: value if key == "name" else float(value) for key, value in _hyphenated(own).items()}
+        config |= {"partition-id": list(self.nodes).index(name), "num-partitions": len(self.nodes)}
+        config["ledger"] = str(self._ledger_file(name))
+        # A key for each start: for about a minute the last one would still count as online.
+        key = self._home / f"{uuid.uuid4().hex}.key"
+        if self._flwr("supernode", "register", str(door.make_node_key(key))) is None:
+            raise RuntimeError(f"The SuperLink did not register {name}'s key. {self._last_words('link')}")
         self._spawn(
             name,
             "flower-supernode",
-            "--superlink",
-            f"127.0.0.1:{self._port}",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(_free_port()),
-            "--root-certificates",
-            str(self._home / door.CERTIFICATE),
-            *self._tls(),
-            "--auth-supernode-private-key",
-            str(key),
-            "--node-config",
-            " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()),
+            *self._at(_free_port()),
+            f"--superlink=127.0.0.1:{self._port}",
+            f"--root-certificates={self._home / door.CERTIFICATE}",
+            f"--auth-supernode-private-key={key}",
+            "--node-config=" + " ".join(f"{k}={json.dumps(v)}" for k, v in config.items()),
         )
 
     def _wait_online(self) -> None:
@@ -478,30 +407,19 @@ class Federation(_Local):
     def _id(self, name: str) -> str | None:
         """The number under which the SuperLink knows the node: a new one after each start. None before it is online.
 
-        The SuperLink believes for about a minute that a killed node is alive; so the run is told which ones are.
+        The SuperLink believes for about a minute that a killed node is alive; so the run gets these numbers.
         """
-        told = re.search(
-            r"SuperNode ID: (\d+)", (self._home / f"{name}.log").read_text(encoding="utf8", errors="replace")
-        )
-        return told and told.group(1)
+        found = re.search(r"SuperNode ID: (\d+)", self._log(name))
+        return found and found.group(1)
 
-    def _rounds(self, rounds: int, timeout: float, config: dict) -> Iterator[FederatedRound]:
+    def _rounds(self, config: dict) -> Iterator[FederatedRound]:
         self._check_open()
-        config = {**config, "nodes": ",".join(map(self._id, self.nodes))}
-        for line in self._lines(rounds, timeout, config):
-
-            def of_each(key: str, line=line) -> dict:
-                return {name: line[f"{key}/{name}"] for name in self.nodes}
-
-            yield FederatedRound(
-                line["round"],
-                line["rounds"],
-                of_each("epsilon"),
-                of_each("epsilon-by-state"),
-                of_each("steps"),
-                line["accuracy"],
-                line["seconds"],
+        for line in self._lines({**config, "nodes": ",".join(map(self._id, self.nodes))}):
+            epsilons, by_state, steps = (
+                {name: line[f"{key}/{name}"] for name in self.nodes} for key in ("epsilon", "epsilon-by-state", "steps")
             )
+            rest = {key: line[key] for key in ("round", "rounds", "accuracy", "seconds")}
+            yield FederatedRound(epsilons=epsilons, epsilons_by_state=by_state, steps=steps, **rest)
 
     def _kill(self, name: str) -> None:
         with self._killing:
@@ -510,18 +428,10 @@ class Federation(_Local):
             self._processes[name].wait(10)
 
     def _kill_after_charge(self, name: str, ledger: Ledger, charges: int) -> None:
-        while self._keeper is not None and len(ledger.charges) <= charges:
+        while self._keeper is not None and ledger.count <= charges:
             time.sleep(0.005)
         if self._keeper is not None:
             self._kill(name)
-
-    def _epitaph(self, name: str) -> str:
-        if name == "link":
-            return super()._epitaph(name)
-        return (
-            f"The node {name!r} has ended in the middle of the work. Its ledger has what it was charged, also for a "
-            f"round that did not finish. Start it again with restart({name!r})."
-        )
 
     def _known(self, name: str) -> str:
         if name not in self.nodes:
@@ -545,7 +455,7 @@ class Simulation(_Local):
     """
 
     def __init__(self, clients: int, *, start_timeout: float = 90):
-        super().__init__(start_timeout=start_timeout)
+        super().__init__(start_timeout)
         self.clients = whole("clients", clients, low=2)
         self._token = secrets.token_hex(32)
         if importlib.util.find_spec("ray") is None:
@@ -561,22 +471,18 @@ class Simulation(_Local):
         """
         from dpteach.flower.client_app import ONLY_THE_NODES
 
-        rounds, timeout = whole("rounds", rounds, low=1), number("timeout", timeout, low=1)
-        theirs = {
-            key.replace("_", "-"): config.pop(key) for key in list(config) if key.replace("_", "-") in ONLY_THE_NODES
-        }
-        config = _run_config({"num_nodes": self.clients, "privacy": "sample", **config})
+        config = _hyphenated({"num_nodes": self.clients, "privacy": "sample", **config})
+        theirs = {key: config.pop(key) for key in ONLY_THE_NODES & config.keys()}
+        config = _run_config(rounds, timeout, config)
         theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
         (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
-        return self._lines(
-            rounds, timeout, config, "--federation-config", f"num-supernodes={self.clients} client-resources-num-cpus=1"
-        )
+        engine = f"num-supernodes={self.clients} client-resources-num-cpus=1"
+        return self._lines(config, "--federation-config", engine)
 
     def _environment(self, name: str) -> dict[str, str]:
         from dpteach.flower.client_app import VARIABLE as NODES
 
-        # Ray's ports are open to the whole network, and whoever reaches them runs programs as you, unless a token is
-        # asked for.
+        # Ray's ports are open to the whole network: whoever reaches them runs programs as you, but for a token.
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
         return {**super()._environment(name), **ray, NODES: str(self._home / "nodes.json")}
 
@@ -586,16 +492,19 @@ class Simulation(_Local):
         self._start_link("--simulation")
 
 
-def _run_config(config: dict) -> dict:
+def _hyphenated(config: dict) -> dict:
+    return {key.replace("_", "-"): value for key, value in config.items()}
+
+
+def _run_config(rounds: int, timeout: float, config: dict) -> dict:
     import tomllib  # since Python 3.11, as Flower
 
-    allowed = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
-    asked = {key.replace("_", "-"): value for key, value in config.items()}
-    for key in asked.keys() - allowed.keys():
-        raise ValueError(
-            f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(allowed)}"
-        )
-    return asked
+    own = {"num-server-rounds": whole("rounds", rounds, low=1), "round-timeout": number("timeout", timeout, low=1)}
+    own |= _hyphenated(config)
+    keys = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
+    for key in own.keys() - keys.keys():
+        raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(keys)}")
+    return own
 
 
 def _listening(process: psutil.Process) -> list[int]:
@@ -612,6 +521,5 @@ def _answers(port: int) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]

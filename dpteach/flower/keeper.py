@@ -23,35 +23,22 @@ def marked(mark: str) -> list[psutil.Process]:
     """
     found = []
     for process in psutil.process_iter():
-        try:
-            theirs = process.environ().get(VARIABLE, "")
-            if (
-                process.pid != os.getpid()
-                and (theirs == mark or theirs.startswith(f"{mark}/"))
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended, or is somebody else's
+            ours = f"{process.environ().get(VARIABLE, '')}/".startswith(f"{mark}/")
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (psutil.Error, OSError):
-            pass  # it has ended, or is somebody else's
     return found
 
 
-def end(mark: str, patience: float = 2.0) -> None:
+def end(mark: str, patience: float = 0.5) -> None:
     """End the marked processes: ask, wait up to ``patience`` seconds, then kill until none is left. 0 kills at once."""
-    if patience > 0:
-        alive = marked(mark)
+    sent, wait = (signal.SIGTERM, patience) if patience > 0 else (signal.SIGKILL, 1)
+    while alive := marked(mark):  # again, as one that was just starting shows up in the second look
         for process in alive:
-            _quietly(process.terminate)
-        psutil.wait_procs(alive, patience)
-    while alive := marked(mark):  # one that was just starting shows up in the second look
-        for process in alive:
-            _quietly(process.kill)
-        psutil.wait_procs(alive, 1)
-
-
-def _quietly(action) -> None:
-    with contextlib.suppress(psutil.Error):
-        action()
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(sent)
+        psutil.wait_procs(alive, wait)
+        sent, wait = signal.SIGKILL, 1
 
 
 if __name__ == "__main__":

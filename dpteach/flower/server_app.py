@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -23,10 +22,11 @@ class RoundFailed(RuntimeError):
 
 
 class NamedFedAvg(FedAvg):
-    """Federated averaging over the nodes that are named: Flower takes a node that was killed for alive, for a minute.
+    """Federated averaging over the nodes that are named.
 
     Args:
-        only: the ids of the nodes that take part; all that are online if empty.
+        only: the ids of the nodes that take part: Flower takes a node that was killed for alive, for a minute. All that
+            are online if empty.
         everything else: as for Flower's ``FedAvg``.
     """
 
@@ -85,94 +85,68 @@ def apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds, and report each."""
     torch.set_num_threads(1)
-    config = context.run_config
-    report = Report(config["report"])
-    report.add({"run": context.run_id})
+    report = reporter(context.run_config["report"])
+    report({"run": context.run_id})
     try:
-        run(grid, config, report)
+        run(grid, context.run_config, report)
     except Exception as error:
-        report.add({"error": str(error) if isinstance(error, RoundFailed) else f"{type(error).__name__}: {error}"})
+        report({"error": str(error) if isinstance(error, RoundFailed) else f"{type(error).__name__}: {error}"})
         raise
-    report.add({"end": True})
+    report({"end": True})
 
 
-def run(grid: Grid, config: dict, report: "Report") -> None:
+def run(grid: Grid, config: dict, report: Callable[[dict], None]) -> None:
     """All rounds of a run; a line of the report after each."""
-    nodes, rounds = int(config["num-nodes"]), int(config["num-server-rounds"])
+    nodes, rounds, timeout = int(config["num-nodes"]), int(config["num-server-rounds"]), float(config["round-timeout"])
     model = MODELS[choice("model", config["model"], MODELS)]()
     test_data = load_mnist(train=False)
-    metrics_of: dict = {}
+    metrics: dict = {}  # of the last round
 
     def keep_apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
-        metrics = apart(contents, weighted_by)
-        metrics_of.update(metrics)
-        return metrics
-
-    common = {
-        "fraction_train": 1.0,
-        "fraction_evaluate": 0.0,
-        "min_train_nodes": nodes,
-        "min_available_nodes": nodes,
-        "train_metrics_aggr_fn": keep_apart,
-    }
-    named = [int(node) for node in config["nodes"].split(",") if node]
-    if choice("privacy", config["privacy"], ("sample", "client")) == "sample":
-        strategy = ApartFedAvg(named, **common)
-    else:
-        strategy = central(NamedFedAvg(named, **common), config)
+        metrics.update(apart(contents, weighted_by))
+        return MetricRecord(metrics)
 
     def after(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         reached = accuracy(model, test_data)
-        line = {"round": server_round, "rounds": rounds, "accuracy": reached, **metrics_of}
+        line = {"round": server_round, "rounds": rounds, "accuracy": reached, **metrics}
         if isinstance(strategy, Central):
             line["epsilon"] = strategy.privacy_spent().epsilon  # of a whole client, not of a record
         if server_round:
-            report.add(line)
+            report(line)
         return MetricRecord({"accuracy": reached})
 
-    strategy.start(
-        grid=grid,
-        initial_arrays=ArrayRecord(model.state_dict()),
-        num_rounds=rounds,
-        timeout=float(config["round-timeout"]),
-        evaluate_fn=after,
-    )
+    everyone = {"fraction_train": 1.0, "min_train_nodes": nodes, "min_available_nodes": nodes, "fraction_evaluate": 0.0}
+    named = [int(node) for node in config["nodes"].split(",") if node]
+    central_privacy = choice("privacy", config["privacy"], ("sample", "client")) == "client"
+    kind = NamedFedAvg if central_privacy else ApartFedAvg  # Flower's accountant accepts its own aggregate_train only
+    strategy = kind(named, train_metrics_aggr_fn=keep_apart, **everyone)
+    if central_privacy:
+        strategy = central(strategy, config)
+    initial = ArrayRecord(model.state_dict())
+    strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds, timeout=timeout, evaluate_fn=after)
 
 
 def central(strategy: FedAvg, config: dict) -> Central:
     """Flower's own central privacy: the server clips each client's update and adds the noise. Clients must trust it."""
     from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 
-    nodes = int(config["num-nodes"])
-    accountant = RdpAccountant(
-        PrivacyConfig(
-            target_delta=config["server-target-delta"],
-            population_size=nodes,
-            sampling_method=SamplingMethod.NO_AMPLIFICATION,
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-        )
-    )
-    return Central(
-        strategy,
-        noise_multiplier=config["server-noise-multiplier"],
-        clipping_norm=config["clipping-norm"],
-        num_sampled_clients=nodes,
-        accountant=accountant,
-    )
+    nodes, sigma, C = int(config["num-nodes"]), config["server-noise-multiplier"], config["clipping-norm"]
+    draw, change = SamplingMethod.NO_AMPLIFICATION, NeighboringRelation.ADD_OR_REMOVE_ONE
+    what = {"population_size": nodes, "sampling_method": draw, "neighboring_relation": change}
+    accountant = RdpAccountant(PrivacyConfig(target_delta=config["server-target-delta"], **what))
+    return Central(strategy, sigma, C, nodes, accountant=accountant)
 
 
-class Report:
-    """A file of JSON lines, one a round; no file for an empty name. Each line is also printed, to the run's log."""
+def reporter(path: str) -> Callable[[dict], None]:
+    """A function that prints a line of JSON, to the run's log, and appends it to a file; no file for an empty name."""
+    began = time.monotonic()
 
-    def __init__(self, path: str):
-        self.path = Path(path) if path else None
-        self._began = time.monotonic()
-
-    def add(self, line: dict) -> None:
-        """Print a line, and write it to the file."""
-        text = json.dumps({**line, "seconds": round(time.monotonic() - self._began, 1)})
+    def report(line: dict) -> None:
+        text = json.dumps({**line, "seconds": round(time.monotonic() - began, 1)})
         print(text, flush=True)
-        if self.path:
-            with self.path.open("a", encoding="utf8") as file:
+        if path:
+            with open(path, "a", encoding="utf8") as file:
                 file.write(text + "\n")
+
+    return report
