@@ -227,7 +227,10 @@ def _trained(layer: nn.Module) -> list[str]:
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """``(B,)`` float64, of each row of ``(B, n)``. In float32 only a few squares are added, so that no digit is lost over millions of them."""
+    """``(B,)`` float64, of each row of ``(B, n)``.
+
+    In float32 only a few squares are added, so that no digit is lost over millions of them.
+    """
     block = next((block for block in _BLOCKS if rows.shape[1] % block == 0 and rows.dtype == torch.float32), 0)
     if block:
         rows = torch.linalg.vector_norm(rows.reshape(len(rows), -1, block), dim=2)

@@ -29,6 +29,7 @@ _ACTIVATIONS: dict[type, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Ten
     nn.Tanh: (lambda h: h.mul_(2).sigmoid_().mul_(2).sub_(1), _aten.tanh_backward),
     nn.Sigmoid: (torch.sigmoid_, _aten.sigmoid_backward),
 }
+KINDS = (nn.Linear, nn.Flatten, nn.Identity, *_ACTIVATIONS)  # what a perceptron may be made of
 
 
 def blocks_of(layers: Sequence[nn.Module]) -> list[Block] | nn.Module:
@@ -123,10 +124,14 @@ class Pass:
         """``(..., P)``: Σ wᵢ·gradientᵢ over the samples, ``weights`` being ``(..., B)``."""
         weights, parts = weights.unsqueeze(-2), []
         for a, g, biased in zip(self.inputs, self.grads, self.biased):
-            g = g * weights
-            parts.append((g @ a.mT).flatten(-2))
-            if biased:
-                parts.append(g.sum(-1))
+            if a.shape[-2] < g.shape[-2]:  # the smaller of the two is weighted
+                parts.append((g @ (a * weights).mT).flatten(-2))
+                bias = (g @ weights.mT).squeeze(-1) if biased else None
+            else:
+                g = g * weights
+                parts.append((g @ a.mT).flatten(-2))
+                bias = g.sum(-1) if biased else None
+            parts += [] if bias is None else [bias]
         return torch.cat(parts, -1)
 
 

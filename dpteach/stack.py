@@ -19,7 +19,7 @@ from dpteach.accounting import epsilon_path
 from dpteach.bookkeeping import NORM_AT_MOST, clip_factors, plain_layers, squared_norms
 from dpteach.data import Data
 from dpteach.mechanism import _with_probability, add_noise, clipped_sum_and_losses
-from dpteach.perceptrons import IGNORED, Block, Pass, blocks_of, forward
+from dpteach.perceptrons import IGNORED, KINDS, Block, Pass, blocks_of, forward
 from dpteach.randomness import Random, SystemRandom, generators, seeds
 from dpteach.settings import Settings
 from dpteach.training import check, delta_warning
@@ -190,21 +190,16 @@ class Stack(Iterator[StackStep]):
             together = _chosen(n, q, sampling[:1]) if self._shared else None
             for part in self._chunks(n * q):
                 taken = _chosen(n, q, sampling[part]) if together is None else together
-                batch, sizes = (t.to(device) for t in _padded(taken, self._spare))
-                y = self._records.y[batch].masked_fill_(
-                    torch.arange(batch.shape[1], device=device) >= sizes.unsqueeze(1), IGNORED
-                )
-                sums, totals = self._clipped_sums(part, batch, y, sizes, squares)
+                batch, real = (t.to(device) for t in _padded(taken, self._spare))
+                sums, totals = self._clipped_sums(part, batch, real, squares)
                 noisy = _with_noise(sums, settings[part], noise[part])
                 self._weights[part] -= noisy * self._rates[part] / (n * q)
-                losses[part] = (totals / sizes).cpu()
+                losses[part] = (totals / real.sum(1)).cpu()
             yield losses.copy()
 
-    def _clipped_sums(
-        self, part: slice, batch: Tensor, y: Tensor, sizes: Tensor, squares: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _clipped_sums(self, part: slice, batch: Tensor, real: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """``(r, P)`` and the losses' sums ``(r,)`` for the runs of ``part``."""
-        run, batch_ = self._pass(part, batch, y)
+        run, batch_ = self._pass(part, batch, torch.where(real, self._records.y[batch], IGNORED))
         norms = run.squared_norms(squares[batch_]).sqrt_()
         C = [s.max_grad_norm for s in self.settings[part]]
         bounds = torch.tensor(C, dtype=norms.dtype, device=norms.device).unsqueeze(1)
@@ -212,7 +207,7 @@ class Stack(Iterator[StackStep]):
         fine = (norms.amax(1) <= NORM_AT_MOST) & (bounds.squeeze(1) > 1e-12)
         for k in (~fine).nonzero().flatten().tolist():  # NaN too: what the quick way can't do is done one by one
             row = min(k, len(batch) - 1)
-            X, labels = self._records[batch[row, : int(sizes[row])]]
+            X, labels = self._records[batch[row][real[row]]]
             sums[k], losses = clipped_sum_and_losses(self.model(part.start + k), F.cross_entropy, X, labels, C[k])
             totals[k] = losses.sum()
         return sums, totals
@@ -261,7 +256,7 @@ class Stack(Iterator[StackStep]):
             for k in range(0, len(self), 30):
                 part = slice(k, k + 30)
                 scores = forward(self._of_layers(part), self._activations, X)[-1]
-                right[part] += (scores.argmax(1) == y).sum(1).cpu().numpy()
+                right[part] += (scores.max(1).indices == y).sum(1).cpu().numpy()
         return right / len(data)
 
 
@@ -282,12 +277,11 @@ def _chosen(n: int, q: float, streams: Sequence[Random]) -> Tensor:
 
 
 def _padded(taken: Tensor, spare: int) -> tuple[Tensor, Tensor]:
-    """``(R, B)``: the records that each row takes, filled up with ``spare``; and how many it takes, ``(R,)``. B >= 1."""
-    sizes = taken.sum(1)
-    row, record = taken.nonzero(as_tuple=True)
-    batch = torch.full((len(taken), max(1, int(sizes.max()))), spare)
-    batch[row, torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]] = record
-    return batch, sizes
+    """``(R, B)``, B >= 1: the records that each row takes, then ``spare``; and which of them are taken, bool."""
+    sizes = taken.sum(1, keepdim=True)
+    real = torch.arange(max(1, int(sizes.max()))) < sizes
+    records = torch.from_numpy(np.flatnonzero(taken.numpy())).remainder_(taken.shape[1])
+    return torch.full(real.shape, spare).masked_scatter_(real, records), real
 
 
 def _with_noise(sums: Tensor, settings: Sequence[Settings], streams: Sequence[Random]) -> Tensor:
@@ -322,4 +316,4 @@ def _stranger(model: nn.Module) -> nn.Module:
     """The layer for which a model is no perceptron."""
     if type(model) is not nn.Sequential:
         return model
-    return next((layer for layer in model if isinstance(found := blocks_of([layer]), nn.Module)), model)
+    return next((layer for layer in model if type(layer) not in KINDS), model)
