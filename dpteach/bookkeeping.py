@@ -81,7 +81,7 @@ def clipped_sum_of_layers(
             taps.append((kind, layer, inputs.detach(), h))
     losses = losses_of(h)
     output_grads = [_wide(g) for g in torch.autograd.grad(losses.sum(), [output for *_, output in taps])]
-    with torch.no_grad(), _without_autocast(X.device.type):
+    with torch.no_grad(), without_autocast(X.device.type):
         tapes = [kind(layer, _wide(a), g) for (kind, layer, a, _), g in zip(taps, output_grads)]
         squares = tapes[0].squared_norms
         for tape in tapes[1:]:
@@ -180,7 +180,8 @@ class _Words(_Tape):
     """An embedding: a sample's gradient has a row for each word that it holds, the sum over its places."""
 
     def __init__(self, layer: nn.Embedding, a: Tensor, g: Tensor):
-        words, g = a.flatten(1), g.flatten(1, -2) if g.dim() > 2 else g.unsqueeze(1)
+        words = a.reshape(len(a), -1)  # (B,) too: one word a sample
+        g = g.reshape(*words.shape, -1)
         if layer.padding_idx is not None:
             g = g * (words != layer.padding_idx).unsqueeze(2)
         sample = torch.arange(len(words), device=words.device).unsqueeze(1)
@@ -247,7 +248,7 @@ def clip_factors(norms: Tensor, max_grad_norm: float | Tensor, dtype: torch.dtyp
     return factors.clamp_(max=1).to(dtype)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Under autocast the sums would be in half precision."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -281,7 +282,7 @@ def _hooked(layer: nn.Module) -> bool:
 
 def _known(layer: nn.Module) -> bool:
     kind = type(layer)
-    if getattr(layer, "inplace", False):
+    if vars(layer).get("inplace"):  # getattr would take longer than all the rest
         return False
     if isinstance(layer, nn.Flatten) and kind is nn.Flatten:
         return layer.start_dim >= 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpteach._checks import choice
 from dpteach.accounting import epsilon_path
-from dpteach.bookkeeping import NORM_AT_MOST, clip_factors, plain_layers, squared_norms
+from dpteach.bookkeeping import NORM_AT_MOST, clip_factors, plain_layers, squared_norms, without_autocast
 from dpteach.data import Data
 from dpteach.mechanism import _with_probability, add_noise, clipped_sum_and_losses
 from dpteach.perceptrons import IGNORED, KINDS, Block, Pass, blocks_of, forward
@@ -105,11 +105,11 @@ def train_many(
     models = [make_model(s) for s in settings]
     blocks = [_perceptron(model, data) for model in models]
     check(models[0], data, settings[0], method=method)
-    shapes = [" ".join(str(part) for block in parts for part in block if part) for parts in blocks]
+    shapes = [", ".join(f"{layer}{f' {kind.__name__}' if kind else ''}" for layer, kind in parts) for parts in blocks]
     for k, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(
-                f"make_model must make models of one shape, got {shape} for run {k} and {shapes[0]} for run 0"
+                f"make_model must make models of one shape, got {shape} for run {k}, and {shapes[0]} for run 0"
             )
     if method != "sgd":
         for warning in dict.fromkeys(delta_warning(s, len(data)) for s in settings):
@@ -148,7 +148,8 @@ class Stack(Iterator[StackStep]):
         return len(self.settings)
 
     def __next__(self) -> StackStep:
-        return next(self._steps)
+        with without_autocast(self._weights.device.type):
+            return next(self._steps)
 
     def model(self, run: int) -> nn.Module:
         """A copy of the model of run ``run``, as it is now.
@@ -300,16 +301,20 @@ def _with_noise(sums: Tensor, settings: Sequence[Settings], streams: Sequence[Ra
 def _perceptron(model: nn.Module, data: Data) -> list[Block]:
     layers = plain_layers(model)
     blocks = blocks_of(layers) if layers else _stranger(model)
-    if not isinstance(blocks, nn.Module) and data.X.dim() > 2 and not isinstance((layers or [None])[0], nn.Flatten):
+    if isinstance(blocks, nn.Module):
         raise ValueError(
-            f"make_model must make models that begin with nn.Flatten for records of shape {tuple(data.X.shape[1:])}"
+            "make_model must make perceptrons: nn.Linear with nn.ReLU, nn.Tanh, nn.Sigmoid or nothing behind each, in "
+            f"an nn.Sequential, all trained, none used twice or hooked; got {type(blocks).__name__}: call train for "
+            "each run"
         )
-    if isinstance(blocks, list):
-        return blocks
-    raise ValueError(
-        "make_model must make perceptrons: nn.Linear with nn.ReLU, nn.Tanh, nn.Sigmoid or nothing behind each, in an "
-        f"nn.Sequential, all trained, none used twice or hooked; got {type(blocks).__name__}: use train for each run"
-    )
+    if data.X.dim() > 2 and not isinstance(layers and layers[0], nn.Flatten):
+        raise ValueError(
+            f"make_model must make models that begin with nn.Flatten, for records of shape {tuple(data.X.shape[1:])}"
+        )
+    dtype = blocks[0][0].weight.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"make_model must make models of torch.float32 or torch.float64, got {dtype}")
+    return blocks
 
 
 def _stranger(model: nn.Module) -> nn.Module:
