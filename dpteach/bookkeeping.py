@@ -81,8 +81,10 @@ def clipped_sum_of_layers(
             taps.append((kind, layer, inputs.detach(), h))
     losses = losses_of(h)
     output_grads = [_wide(g) for g in torch.autograd.grad(losses.sum(), [output for *_, output in taps])]
+    taken, losses = [tap[:3] for tap in taps], losses.detach()
+    del taps, h  # the outputs, and what autograd kept: room for the gradients
     with torch.no_grad(), without_autocast(X.device.type):
-        tapes = [kind(layer, _wide(a), g) for (kind, layer, a, _), g in zip(taps, output_grads)]
+        tapes = [kind(layer, _wide(a), g) for (kind, layer, a), g in zip(taken, output_grads)]
         squares = tapes[0].squared_norms
         for tape in tapes[1:]:
             squares = squares + tape.squared_norms
@@ -90,7 +92,7 @@ def clipped_sum_of_layers(
         if not bool((norms <= NORM_AT_MOST).all()):  # NaN too
             return None
         weights = clip_factors(norms, max_grad_norm, output_grads[0].dtype)
-        return torch.cat([part for tape in tapes for part in tape.weighted_sum(weights)]), losses.detach()
+        return torch.cat([part for tape in tapes for part in tape.weighted_sum(weights)]), losses
 
 
 class _Tape:

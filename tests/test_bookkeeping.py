@@ -1,6 +1,7 @@
 """The quick sums of clipped gradients against the slow one, layer by layer, over random shapes."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -42,7 +43,7 @@ def layer_norm(draw):
 
 
 def group_norm(draw):
-    groups, each = draw(few), draw(few)
+    groups, each = draw(few), draw(st.integers(2, 4))  # nothing is left of a group of one number
     more = [draw(few) for _ in range(draw(st.integers(0, 2)))]
     eps = draw(st.sampled_from([1e-5, 0.1]))
     return nn.GroupNorm(groups, groups * each, eps, affine=draw(yes_no)), (groups * each, *more)
@@ -111,7 +112,7 @@ def near(a, b):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.data())
 def test_each_layers_quick_sum_is_the_slow_one(name, data):
     model, records = data.draw(models_with(name))
@@ -129,7 +130,7 @@ def test_each_layers_quick_sum_is_the_slow_one(name, data):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "embedding"])
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(st.data())
 def test_a_record_that_is_not_finite_leaves_no_trace_in_the_others_sum(name, bad, data):
     model, records = data.draw(models_with(name))
@@ -174,7 +175,7 @@ def perceptrons(draw):
     return nn.Sequential(*layers).double(), widths[0], widths[-1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(perceptrons(), st.sampled_from([1, 3, 20]), yes_no)
 def test_a_perceptrons_sum_by_hand_is_the_slow_one(drawn, batch, ignored):
     model, inputs, classes = drawn
@@ -235,24 +236,26 @@ def test_a_hook_on_a_parameter_is_seen_before_the_quick_way_is_taken():
         clipped_sum_and_losses(model, F.cross_entropy, torch.randn(2, 4), torch.tensor([0, 1]), 1.0)
 
 
-MEMORY = """
-import resource, torch
+MEMORY = r"""
+import re, torch
 import torch.nn.functional as F
 from dpteach import models
 from dpteach.mechanism import clipped_sum
 torch.set_num_threads(1)
 model, X, y = models.{model}, torch.rand(1024, 1, 28, 28), torch.arange(1024) % 10
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def kilobytes(name):
+    return int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
 clipped_sum(model, F.cross_entropy, X[:32], y[:32], 1.0)
-before = peak()
+before = kilobytes("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the highest mark is taken anew
 clipped_sum(model, F.cross_entropy, X, y, 1.0)
-print((peak() - before) / (1024 * 4 * sum(p.numel() for p in model.parameters())))
+print((kilobytes("VmHWM") - before) / (4 * sum(p.numel() for p in model.parameters())))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-@pytest.mark.parametrize("model, most", [("cnn()", 1.0), ("mlp(784, 128, 10)", 0.1)])
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux can say how high memory went")
+@pytest.mark.parametrize("model, most", [("cnn()", 1.1), ("mlp(784, 128, 10)", 0.1)])
 def test_the_quick_sum_takes_no_more_memory_than_the_matrix_of_gradients(model, most):
-    code = MEMORY.format(model=model)
+    code = MEMORY.format(model=model)  # with all activations, and 10% for the allocator
     share = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 0 < share <= most
