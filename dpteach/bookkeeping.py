@@ -28,6 +28,7 @@ _WITH_PARAMETERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm,
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CHUNK = 1 << 19  # numbers: two MB, what a core's cache holds
 _BLOCKS = (64, 56, 48, 40, 36, 32)  # float32 adds so few squares with an error that the margin of clipping covers
+LOST = 1.2e-38  # what a square at most loses where float32 can't hold it
 NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
 
 
@@ -232,13 +233,15 @@ def _trained(layer: nn.Module) -> list[str]:
 def squared_norms(rows: Tensor) -> Tensor:
     """``(B,)`` float64, of each row of ``(B, n)``.
 
-    In float32 only a few squares are added, so that no digit is lost over millions of them.
+    In float32 only a few squares are added, so that no digit is lost over millions of them; and what a square that
+    vanishes may have been is added, since the other factor of the gradient can be huge.
     """
     block = next((block for block in _BLOCKS if rows.shape[1] % block == 0 and rows.dtype == torch.float32), 0)
+    lost = rows.shape[1] * LOST if block else 0.0
     if block:
         rows = torch.linalg.vector_norm(rows.reshape(len(rows), -1, block), dim=2)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square()
+    return norms.square_().add_(lost)
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float | Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpteach.bookkeeping import NORM_AT_MOST, clip_factors, squared_norms
+from dpteach.bookkeeping import LOST, NORM_AT_MOST, clip_factors, squared_norms
 
 Weights = Sequence[tuple[Tensor, Tensor | None]]  # of each linear layer: (..., out, in) and (..., out)
 Block = tuple[nn.Linear, type | None]  # a linear layer, and the kind of the activation behind it
@@ -19,7 +19,6 @@ Block = tuple[nn.Linear, type | None]  # a linear layer, and the kind of the act
 IGNORED = -100  # the label that F.cross_entropy passes over
 _FEW = 16  # numbers a record: below, products are quicker on a transposed copy
 _BLOCK = 64  # float32 adds so few squares with an error that the margin of clipping covers
-_LOST = 1.2e-38  # what a square at most loses where float32 can't hold it
 
 _aten: Any = torch.ops.aten
 # What an activation does, in place, and a gradient's way back through it from its output. This tanh is four times as
@@ -102,7 +101,8 @@ class Pass:
         self.inputs, self.y = [columns, *outputs[:-1]], y
         log_p = outputs[-1].log_softmax(-2)
         self.losses = F.nll_loss(log_p if log_p.dim() == 3 else log_p.mT, y, reduction="none", ignore_index=IGNORED)
-        g, self.grads = _minus_labels(log_p.exp(), y), []
+        g = _minus_labels(log_p.exp(), y)
+        self.grads: list[Tensor] = []
         for k in reversed(range(len(weights))):
             kind = activations[k]
             g = _ACTIVATIONS[kind][1](g, outputs[k]) if kind else g
@@ -115,7 +115,7 @@ class Pass:
         total: Tensor | None = None
         for k, (g, biased) in enumerate(zip(self.grads, self.biased)):
             squares = _squared_columns(self.inputs[k]) if k else of_records
-            part = _squared_columns(g).mul_(squares + (biased + _LOST))  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+            part = _squared_columns(g).mul_(squares + (biased + LOST))  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
@@ -155,4 +155,4 @@ def _minus_labels(p: Tensor, y: Tensor) -> Tensor:
 def _squared_columns(x: Tensor) -> Tensor:
     """``(..., B)`` float64, of ``(..., n, B)``: not too small either, where float32 can't hold a square."""
     squares, n = x.square(), x.shape[-2]
-    return (squares.sum(-2) if n <= _BLOCK else squares.sum(-2, dtype=torch.float64)).double().add_(n * _LOST)
+    return (squares.sum(-2) if n <= _BLOCK else squares.sum(-2, dtype=torch.float64)).double().add_(n * LOST)

@@ -35,6 +35,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # a
     "cnn": (models.cnn, (1, 28, 28), 10),
 }
 WAYS = ("plain", "plain and noise", "here", "Opacus hooks", "Opacus ghost")
+STACK_WAYS = {"stack, a run": False, "stack of shared batches, a run": True}
+MEMORY_WAYS = ("plain", "here", "Opacus hooks", "Opacus ghost")
 STACKS = {"two moons 2-32-2": 30, "perceptron 784-128-10": 8}  # runs in a stack
 MEMORY_BATCHES = (256, 1024, 4096)
 _SETTINGS = Settings(1.0, 1.0, epochs=1, batch_size=BATCH, lr=0.05, target_delta=1e-5)
@@ -68,7 +70,7 @@ def step_times(model: str, threads: int) -> Iterator[Row]:
     clock = time.process_time if threads == 1 else time.perf_counter
     try:
         steps = {way: (_stepper(model, way, BATCH), 1) for way in WAYS}
-        for name, shared in (("stack, a run", False), ("stack of shared batches, a run", True)):
+        for name, shared in STACK_WAYS.items():
             if model in STACKS:
                 steps[name] = _stack_stepper(model, STACKS[model], shared), STACKS[model]
         times = {}
@@ -164,9 +166,7 @@ def step_memory() -> Iterator[Row]:
     """What a step of the CNN needs beyond what was there before it, at its highest: a process a way. Linux only."""
     if not Path("/proc/self/clear_refs").exists():
         return
-    for way in WAYS:
-        if way == "plain and noise":
-            continue
+    for way in MEMORY_WAYS:
         code = f"from dpteach.speed import print_memory; print_memory({way!r})"
         said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         for batch, megabytes in zip(MEMORY_BATCHES, said.split(), strict=True):

@@ -140,8 +140,6 @@ class Stack(Iterator[StackStep]):
         self._rates = self._weights.new_tensor([s.lr for s in settings]).unsqueeze(1)
         self._records = Data(data.X.to(self._weights.device), data.y.to(self._weights.device))
         self._X = self._records.X.flatten(1)
-        finite = self._X.isfinite().all(1).nonzero()
-        self._spare = int(finite[0]) if len(finite) else 0  # fills up the shorter batches, and counts for nothing
         self._steps = self._run()
 
     def __len__(self) -> int:
@@ -191,7 +189,7 @@ class Stack(Iterator[StackStep]):
             together = _chosen(n, q, sampling[:1]) if self._shared else None
             for part in self._chunks(n * q):
                 taken = _chosen(n, q, sampling[part]) if together is None else together
-                batch, real = (t.to(device) for t in _padded(taken, self._spare))
+                batch, real = (t.to(device) for t in _padded(taken))
                 sums, totals = self._clipped_sums(part, batch, real, squares)
                 noisy = _with_noise(sums, settings[part], noise[part])
                 self._weights[part] -= noisy * self._rates[part] / (n * q)
@@ -277,24 +275,24 @@ def _chosen(n: int, q: float, streams: Sequence[Random]) -> Tensor:
     return taken
 
 
-def _padded(taken: Tensor, spare: int) -> tuple[Tensor, Tensor]:
-    """``(R, B)``, B >= 1: the records that each row takes, then ``spare``; and which of them are taken, bool."""
+def _padded(taken: Tensor) -> tuple[Tensor, Tensor]:
+    """``(R, B)``, B >= 1: the records that each row takes, filled up with record 0; and which are taken, bool."""
     sizes = taken.sum(1, keepdim=True)
     real = torch.arange(max(1, int(sizes.max()))) < sizes
     records = torch.from_numpy(np.flatnonzero(taken.numpy())).remainder_(taken.shape[1])
-    return torch.full(real.shape, spare).masked_scatter_(real, records), real
+    return torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, records), real
 
 
 def _with_noise(sums: Tensor, settings: Sequence[Settings], streams: Sequence[Random]) -> Tensor:
     """Each row as :func:`dpteach.mechanism.add_noise` makes it noisy, with fewer calls."""
     noise, scales = torch.zeros(sums.shape, dtype=sums.dtype), []
     for k, (s, stream) in enumerate(zip(settings, streams)):
-        quick = s.noise_multiplier > 0 and not isinstance(stream, SystemRandom)
-        if quick:
+        if s.noise_multiplier > 0 and isinstance(stream, torch.Generator):
             torch.randn(sums.shape[1], generator=stream, dtype=sums.dtype, out=noise[k])
+            scales.append(s.noise_multiplier * s.max_grad_norm)
         else:
             sums[k] = add_noise(sums[k], s.noise_multiplier, s.max_grad_norm, stream)
-        scales.append(s.noise_multiplier * s.max_grad_norm if quick else 0.0)
+            scales.append(0.0)
     return sums.addcmul_(noise.to(sums.device), sums.new_tensor(scales).unsqueeze(1))
 
 
