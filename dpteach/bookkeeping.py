@@ -25,7 +25,6 @@ _WITHOUT_PARAMETERS = (
 )
 # fmt: on
 _WITH_PARAMETERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CHUNK = 1 << 19  # numbers: two MB, what a core's cache holds
 _BLOCKS = (64, 56, 48, 40, 36, 32)  # float32 adds so few squares with an error that the margin of clipping covers
 LOST = 1.2e-38  # what a square at most loses where float32 can't hold it
@@ -34,8 +33,14 @@ NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their w
 
 def known_layers(model: nn.Module) -> list[nn.Module] | None:
     """The model's layers in order, if every one is known to treat each sample alone and no hook is set; else None."""
-    everywhere = (getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
-    return None if any(everywhere) else _in_order(model)
+    anywhere = torch.nn.modules.module
+    hooked = (
+        anywhere._global_forward_hooks
+        or anywhere._global_forward_pre_hooks
+        or anywhere._global_backward_hooks
+        or anywhere._global_backward_pre_hooks
+    )
+    return None if hooked else _in_order(model)
 
 
 def plain_layers(model: nn.Module) -> list[nn.Module] | None:
@@ -282,11 +287,19 @@ def _in_order(model: nn.Module) -> list[nn.Module] | None:
 def _hooked(layer: nn.Module) -> bool:
     """Whether a hook, or a ``forward`` set on the instance, could change what the layer does."""
     own = vars(layer)
-    return "forward" in own or any(own[name] for name in _HOOKS)
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def _known(layer: nn.Module) -> bool:
     kind = type(layer)
+    if kind is nn.Linear:  # the most frequent
+        return set(layer._parameters) == {"weight", "bias"}
     if vars(layer).get("inplace"):  # getattr would take longer than all the rest
         return False
     if isinstance(layer, nn.Flatten) and kind is nn.Flatten:

@@ -36,7 +36,7 @@ def blocks_of(layers: Sequence[nn.Module]) -> list[Block] | nn.Module:
     blocks: list[Block] = []
     for layer in layers:
         kind = type(layer)
-        if isinstance(layer, nn.Linear) and kind is nn.Linear:
+        if isinstance(layer, nn.Linear) and kind is nn.Linear and list(layer._parameters) == ["weight", "bias"]:
             blocks.append((layer, None))
         elif kind in _ACTIVATIONS and blocks and blocks[-1][1] is None:
             blocks[-1] = (blocks[-1][0], kind)

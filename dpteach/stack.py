@@ -198,8 +198,8 @@ class Stack(Iterator[StackStep]):
 
     def _clipped_sums(self, part: slice, batch: Tensor, real: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """``(r, P)`` and the losses' sums ``(r,)`` for the runs of ``part``."""
-        run, batch_ = self._pass(part, batch, torch.where(real, self._records.y[batch], IGNORED))
-        norms = run.squared_norms(squares[batch_]).sqrt_()
+        run, batch_ = self._pass(part, batch, torch.where(real, _at(self._records.y, batch), IGNORED))
+        norms = run.squared_norms(_at(squares, batch_)).sqrt_()
         C = [s.max_grad_norm for s in self.settings[part]]
         bounds = torch.tensor(C, dtype=norms.dtype, device=norms.device).unsqueeze(1)
         sums, totals = run.weighted_sum(clip_factors(norms, bounds, self._weights.dtype)), run.losses.sum(1)
@@ -222,7 +222,7 @@ class Stack(Iterator[StackStep]):
             for batches in orders.split(self.settings[0].batch_size, 1):
                 for part in self._chunks(batches.shape[1]):
                     batch = batches if self._shared else batches[part]
-                    run, _ = self._pass(part, batch, self._records.y[batch])
+                    run, _ = self._pass(part, batch, _at(self._records.y, batch))
                     counts = (run.y != IGNORED).sum(1, keepdim=True)
                     mean = run.weighted_sum((1 / counts).to(run.losses).expand_as(run.losses))
                     self._weights[part] -= mean * self._rates[part]
@@ -233,7 +233,7 @@ class Stack(Iterator[StackStep]):
         """Of the runs of ``part``, on batches ``(r, B)``, or ``(1, B)`` that they share; and the batches as used."""
         if self._shared:
             batch, y = batch[0], y.expand(part.stop - part.start, -1)
-        return Pass(self._of_layers(part), self._activations, self._X[batch], y), batch
+        return Pass(self._of_layers(part), self._activations, _at(self._X, batch), y), batch
 
     def _of_layers(self, part: slice) -> list[tuple[Tensor, Tensor | None]]:
         """The layers' weights, as views of the rows of ``part``."""
@@ -268,11 +268,16 @@ def _chosen(n: int, q: float, streams: Sequence[Random]) -> Tensor:
         else:
             torch.rand(n, generator=stream, dtype=torch.float64, out=row)
     cell, rest = divmod(q * 2.0**53, 1)
-    taken, undecided = u < cell * 2.0**-53, u == cell * 2.0**-53
-    if rest and bool(undecided.any()):
+    taken = u < cell * 2.0**-53
+    if rest and bool((undecided := u == cell * 2.0**-53).any()):
         for row, open_, stream in zip(taken, undecided, streams):
             row[open_] = _with_probability(rest, int(open_.sum()), stream)
     return taken
+
+
+def _at(rows: Tensor, batch: Tensor) -> Tensor:
+    """``rows[batch]``, four times as quick."""
+    return rows.index_select(0, batch.flatten()).unflatten(0, batch.shape)
 
 
 def _padded(taken: Tensor) -> tuple[Tensor, Tensor]:
