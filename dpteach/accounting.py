@@ -83,20 +83,12 @@ def epsilon(
     >>> round(epsilon(noise_multiplier=1.0, sample_rate=1 / 79, steps=790), 2)
     2.12
     """
-    sigma, q, steps, delta, accountant, alphas = _checked(
-        noise_multiplier, sample_rate, steps, target_delta, accountant, alphas
-    )
-    return _of_history(((sigma, q, steps),), delta, accountant, alphas)
+    delta, alphas = _question(target_delta, accountant, alphas)
+    return _of_history((_setting(noise_multiplier, sample_rate, steps),), delta, accountant, alphas)
 
 
 def epsilon_path(
-    *,
-    noise_multiplier: float,
-    sample_rate: float,
-    steps: int,
-    target_delta: float = 1e-5,
-    accountant: str = "rdp",
-    alphas: Sequence[float] | None = None,
+    *, noise_multiplier: float, sample_rate: float, steps: int, target_delta: float = 1e-5, accountant: str = "rdp"
 ) -> np.ndarray:
     """ε after each of ``steps`` steps: what a live plot draws.
 
@@ -110,14 +102,13 @@ def epsilon_path(
         ``(steps,)`` float64: ε after step 1, 2, …
     """
     steps = whole("steps", steps, low=0, high=_LONGEST_PATH)
-    sigma, q, steps, delta, accountant, alphas = _checked(
-        noise_multiplier, sample_rate, steps, target_delta, accountant, alphas
-    )
+    delta, _ = _question(target_delta, accountant)
+    sigma, q, steps = _setting(noise_multiplier, sample_rate, steps)
     if sigma == 0:
         return np.full(steps, math.inf)
     times, step = np.arange(1, steps + 1), ((sigma, max(q, _RAREST), 1),)
     if accountant.startswith("rdp"):
-        return _rdp(step, times, delta, accountant, alphas)
+        return _rdp(step, times, delta, accountant)
     at = np.unique(np.linspace(1, steps, min(steps, _ASKED[accountant])).round().astype(int))
     share = math.ceil(len(at) / 5)
     asked = [_of_history(((sigma, q, int(t)),), delta, accountant, share=share if t < steps else 1) for t in at]
@@ -144,15 +135,10 @@ def noise_multiplier_for(
     """
     target_epsilon = number("target_epsilon", target_epsilon, low=0, above=True)
     steps = whole("steps", steps, low=1, high=MAX_STEPS)
+    run: dict[str, Any] = {"sample_rate": sample_rate, "steps": steps, "target_delta": target_delta}
 
     def cost(sigma: float, accountant: str = accountant) -> float:
-        return epsilon(
-            noise_multiplier=sigma,
-            sample_rate=sample_rate,
-            steps=steps,
-            target_delta=target_delta,
-            accountant=accountant,
-        )
+        return epsilon(noise_multiplier=sigma, accountant=accountant, **run)
 
     most = 10_000.0
     if cost(most) > target_epsilon:
@@ -200,14 +186,19 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _checked(
-    noise_multiplier: float,
-    sample_rate: float,
-    steps: int,
-    target_delta: float,
-    accountant: str,
-    alphas: Sequence[float] | None,
-) -> tuple[float, float, int, float, str, tuple[float, ...] | None]:
+def _setting(noise_multiplier: float, sample_rate: float, steps: int) -> tuple[float, float, int]:
+    """The three, if they have a price."""
+    sigma = number("noise_multiplier", noise_multiplier, low=0, high=_MOST_NOISE, below=False)
+    if 0 < sigma < _LEAST_NOISE:
+        raise ValueError(f"noise_multiplier must be 0 or a number >= {_LEAST_NOISE:g}, got {noise_multiplier!r}")
+    q = number("sample_rate", sample_rate, low=0, above=True, high=1, below=False)
+    return sigma, q, whole("steps", steps, low=0, high=MAX_STEPS)
+
+
+def _question(
+    target_delta: float, accountant: str, alphas: Sequence[float] | None = None
+) -> tuple[float, tuple[float, ...] | None]:
+    """δ and the orders, if they and the accountant can be asked for."""
     choice("accountant", accountant, ACCOUNTANTS)
     if alphas is not None:
         if accountant not in _ALPHAS:
@@ -215,17 +206,7 @@ def _checked(
         alphas = tuple(number("alphas", alpha, low=1, above=True, high=_HIGHEST_ORDER, below=False) for alpha in alphas)
         if not 0 < len(alphas) <= _MOST_ORDERS:
             raise ValueError(f"alphas must hold 1 to {_MOST_ORDERS} orders > 1, got {len(alphas) or 'none'}")
-    sigma = number("noise_multiplier", noise_multiplier, low=0, high=_MOST_NOISE, below=False)
-    if 0 < sigma < _LEAST_NOISE:
-        raise ValueError(f"noise_multiplier must be 0 or a number >= {_LEAST_NOISE:g}, got {noise_multiplier!r}")
-    return (
-        sigma,
-        number("sample_rate", sample_rate, low=0, above=True, high=1, below=False),
-        whole("steps", steps, low=0, high=MAX_STEPS),
-        number("target_delta", target_delta, low=0, above=True, high=1),
-        accountant,
-        alphas,
-    )
+    return number("target_delta", target_delta, low=0, above=True, high=1), alphas
 
 
 # What has run, as Opacus' accountants keep it: (noise multiplier, sample rate, steps), one entry a setting.
@@ -257,18 +238,16 @@ def _of_history(
 
 def _with_few_settings(history: _History, most: int) -> _History:
     """The same history, or with σ rounded down and q rounded up until there are at most ``most`` settings: a bound."""
-    if len(history) <= most:
-        return history
+    kinds: dict[Any, tuple[float, float, int]] = dict(enumerate(history))
     width = 0.01
-    while True:
-        kinds: dict[tuple[int, int], tuple[float, float, int]] = {}
+    while len(kinds) > most:
+        kinds = {}
         for sigma, q, steps in history:
             key = (math.floor(math.log(sigma) / width), math.floor(math.log(q) / width))
             least, rate, so_far = kinds.get(key, (sigma, q, 0))
             kinds[key] = (min(least, sigma), max(rate, q), so_far + steps)
-        if len(kinds) <= most:
-            return tuple(kinds.values())
         width *= 2
+    return tuple(kinds.values())
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
@@ -287,9 +266,8 @@ def _divergences(sigma: float, q: float, alphas: tuple[float, ...]) -> np.ndarra
         return np.array(alphas) / (2 * sigma**2)
     if sigma < 0.02:  # the record's Gaussian outweighs the rest: Minkowski's inequality is an equation to 16 digits
         alpha = np.array(alphas)
-        return np.asarray(
-            alpha / (alpha - 1) * np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
-        )
+        log_norm = np.logaddexp(math.log1p(-q), math.log(q) + (alpha - 1) / (2 * sigma**2))
+        return np.asarray(alpha / (alpha - 1) * log_norm)
     with np.errstate(all="ignore"):
         return np.array([_divergence(sigma, q, alpha) for alpha in alphas])
 
@@ -303,10 +281,9 @@ def _divergence(sigma: float, q: float, alpha: float) -> float:
         edges = np.arange(-10, top + 0.75, 0.75)
     else:
         turn = sigma * (math.log1p(-q) - math.log(q)) + 1 / (2 * sigma)
-        edges = np.concatenate(
-            [turn + sigma * np.arange(-20, 21), *(peak / sigma + np.arange(-10, 10.5, 0.75) for peak in (0, 2, alpha))]
-        )
-        edges = np.unique(edges[(edges >= -10) & (edges <= top)])
+        peaks = [peak / sigma + np.arange(-10, 10.5, 0.75) for peak in (0, 2, alpha)]
+        edges = np.unique(np.concatenate([turn + sigma * np.arange(-20, 21), *peaks]))
+        edges = edges[(edges >= -10) & (edges <= top)]
     half = np.diff(edges)[:, None] / 2
     z = (edges[:-1, None] + half + half * _NODES).ravel()
     t = z / sigma - 1 / (2 * sigma**2)
@@ -354,10 +331,8 @@ def _prv(history: _History, delta: float, bound: float, share: int) -> float:
     # As Opacus' PRVAccountant, with three changes: the mesh has a power of two of points, and never too many; the mean
     # loss is accurate also when it counts 10⁸ times; no warnings, as there is no safe way to silence them in a thread.
     delta_error, times = delta / 1000, [steps for _, _, steps in history]
-    reach = 3 + max(
-        _of_history(history, delta_error / 4, "rdp"),
-        *(_of_history(((sigma, q, 1),), delta_error / (8 * sum(times)), "rdp") for sigma, q, _ in history),
-    )
+    alone = [_of_history(((sigma, q, 1),), delta_error / (8 * sum(times)), "rdp") for sigma, q, _ in history]
+    reach = 3 + max(_of_history(history, delta_error / 4, "rdp"), *alone)
     meshes = math.sqrt(sum(times) * math.log(12 / delta_error) / 2)  # Gopi et al. 2021: this many meshes are the error
     points = 1 << math.ceil(math.log2(2 * reach * meshes / 0.01 + 2))
     most = 1 << int(math.log2(_PRV_POINTS / (share * len(history))))
@@ -368,7 +343,7 @@ def _prv(history: _History, delta: float, bound: float, share: int) -> float:
     domain = prv.Domain(-reach, reach + mesh, min(points, most))
     with np.errstate(all="ignore"):
         try:
-            steps = [prv.discretize(_Loss(sigma, q, domain), domain) for sigma, q, _ in history]
+            steps = [prv.discretize(_loss(sigma, q, domain), domain) for sigma, q, _ in history]
             value = float(prv.compose_heterogeneous(steps, times).compute_epsilon(delta, delta_error, error)[2])
         except (ValueError, RuntimeError, FloatingPointError, OverflowError):
             return bound
@@ -376,18 +351,14 @@ def _prv(history: _History, delta: float, bound: float, share: int) -> float:
     return max(value, 0.0) if value < 700 else bound
 
 
-class _Loss:
+def _loss(sigma: float, q: float, domain: Any) -> Any:
     """The privacy loss of one step, for Opacus' ``discretize``."""
+    from opacus.accountants.analysis import prv
 
-    def __init__(self, sigma: float, q: float, domain: Any):
-        from opacus.accountants.analysis import prv
-
-        self._mean = float(_divergences(sigma, q, (1.0,))[0])
-        step = prv.PoissonSubsampledGaussianPRV(q, sigma)
-        self.cdf = prv.TruncatedPrivacyRandomVariable(step, domain.t_min, domain.t_max).cdf
-
-    def mean(self) -> float:
-        return self._mean
+    step, mean = prv.PoissonSubsampledGaussianPRV(q, sigma), float(_divergences(sigma, q, (1.0,))[0])
+    loss = prv.TruncatedPrivacyRandomVariable(step, domain.t_min, domain.t_max)
+    loss.mean = lambda: mean
+    return loss
 
 
 def _gdp(history: _History, delta: float) -> float:

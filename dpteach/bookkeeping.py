@@ -188,8 +188,7 @@ class _Words(_Tape):
     """An embedding: a sample's gradient has a row for each word that it holds, the sum over its places."""
 
     def __init__(self, layer: nn.Embedding, a: Tensor, g: Tensor):
-        words = a.reshape(len(a), -1)  # (B,) too: one word a sample
-        g = g.reshape(*words.shape, -1)
+        words, g = a.reshape(len(a), -1), g.reshape(len(g), -1, g.shape[-1])
         if layer.padding_idx is not None:
             g = g * (words != layer.padding_idx).unsqueeze(2)
         sample = torch.arange(len(words), device=words.device).unsqueeze(1)

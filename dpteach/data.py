@@ -1,10 +1,13 @@
 """What to train on: MNIST, whole, and two moons for the pictures with a decision boundary."""
 
+import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import math
 import os
+import urllib.request
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from torch import Tensor
 from dpteach._checks import number, whole
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "mnist"
+
+# Where a file comes from that is in neither folder; whatever comes must have its checksum.
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
 # SHA-256 of the unpacked files: the ones in data/mnist/SHA256SUMS, kept here for an install without that folder.
 CHECKSUMS = {
@@ -80,8 +86,8 @@ def cache_folder() -> Path:
 def load_mnist(train: bool = True) -> Data:
     """MNIST: 60,000 training or 10,000 test images of handwritten digits.
 
-    The copy in ``data/mnist`` is unpacked once into :func:`cache_folder`. Where that copy is absent, torchvision
-    downloads the same files. Each file's SHA-256 is checked at every load.
+    The copy in ``data/mnist`` is unpacked once into :func:`cache_folder`. Where that copy is absent, the same
+    files are downloaded. Each file's SHA-256 is checked at every load.
 
     Args:
         train: the training images, or else the test images.
@@ -96,67 +102,68 @@ def load_mnist(train: bool = True) -> Data:
     Source: LeCun, Cortes, Burges; CC BY-SA 3.0. See ``data/mnist/README.md``.
     """
     root = cache_folder()
-    raw = root / "MNIST" / "raw"
+    raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
     for name in CHECKSUMS:
         packed = BUNDLED / f"{name}.gz"
-        if not (raw / name).exists() and packed.exists():
-            _unpack(packed, raw / name)
-    if not all((raw / name).exists() for name in CHECKSUMS):
-        _download(root)
+        if not (raw / name).exists():
+            _store(_copy(packed) if packed.exists() else _download(packed.name, root), raw / name)
     for name in CHECKSUMS:
-        _verify(
-            raw / name,
-            hashlib.sha256((raw / name).read_bytes()).hexdigest(),
-            "Delete this file: the next load makes it anew.",
-        )
-    part = "train" if train else "t10k"
+        _verify(raw / name, (raw / name).read_bytes(), "Delete this file: the next load makes it anew.")
     images = _numbers(raw / f"{part}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
-    return Data(
-        images.to(torch.float32).div_(255), _numbers(raw / f"{part}-labels-idx1-ubyte", header=8).to(torch.int64)
-    )
+    labels = _numbers(raw / f"{part}-labels-idx1-ubyte", header=8)
+    return Data(images.to(torch.float32).div_(255), labels.to(torch.int64))
 
 
 def _numbers(path: Path, header: int) -> Tensor:
-    """The bytes after the header. The files are known to the bit; torchvision's reader costs 160 MB of imports."""
+    """The bytes after the header: the files are known to the bit."""
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8, offset=header))
 
 
-def _verify(path: Path, found: str, cure: str) -> None:
-    expected = CHECKSUMS[path.name.removesuffix(".gz")]
-    if found != expected:
-        raise ValueError(
-            f"{path} is damaged or altered: its (unpacked) SHA-256 must be {expected}, found {found}. {cure}"
-        )
+def _verify(path: Path, content: bytes, cure: str) -> bytes:
+    expected, found = CHECKSUMS[path.name.removesuffix(".gz")], hashlib.sha256(content).hexdigest()
+    if found == expected:
+        return content
+    raise ValueError(f"{path} is damaged or altered: its (unpacked) SHA-256 must be {expected}, found {found}. {cure}")
 
 
-def _unpack(packed: Path, target: Path) -> None:
-    content = io.BytesIO()
-    try:
-        with gzip.open(packed) as stream:
-            while chunk := stream.read(1 << 20):
-                content.write(chunk)
-    except (OSError, EOFError, zlib.error):
-        pass  # what could be read has another checksum, and the next line says so
-    _verify(
-        packed, hashlib.sha256(content.getvalue()).hexdigest(), "Fetch this file again from the project's repository."
+def _unpacked(content: bytes) -> bytes:
+    """All that can be read: what is cut off or no gzip file has another checksum."""
+    unpacked = io.BytesIO()
+    with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(io.BytesIO(content)) as stream:
+        while chunk := stream.read(1 << 20):
+            unpacked.write(chunk)
+    return unpacked.getvalue()
+
+
+def _copy(packed: Path) -> bytes:
+    return _verify(packed, _unpacked(packed.read_bytes()), "Fetch this file again from the project's repository.")
+
+
+def _download(name: str, root: Path) -> bytes:
+    failed = []
+    for mirror in MIRRORS:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=30) as answer:
+                return _verify(Path(name), _unpacked(answer.read()), "")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failed.append(f"{mirror}: {error}")
+    raise FileNotFoundError(
+        f"MNIST was not found: no copy in {BUNDLED}, none in {root}, and the download failed ({'; '.join(failed)}). "
+        f"Connect to the internet and try again, or copy the four files of data/mnist from the project's repository to "
+        f"{BUNDLED}."
     )
+
+
+def _store(content: bytes, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    part.write_bytes(content.getvalue())
-    os.replace(part, target)  # whole or not at all, also when two processes unpack at once
-
-
-def _download(root: Path) -> None:
+    part.write_bytes(content)
     try:
-        from torchvision.datasets import MNIST  # slow to import, and only needed here
-
-        MNIST(root, download=True)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"MNIST was not found: no copy in {BUNDLED}, none in {root}, and the download failed "
-            f"({type(error).__name__}: {error}). Connect to the internet and try again, or copy the four files of "
-            f"data/mnist from the project's repository to {BUNDLED}."
-        ) from error
+        os.replace(part, target)  # whole or not at all, also when two processes unpack at once
+    except PermissionError:  # Windows replaces no file that is being read: another process was quicker
+        part.unlink()
+        if not target.exists():
+            raise
 
 
 def split(
@@ -204,10 +211,10 @@ def split(
         by_class = [order[labels == label] for label in np.unique(labels)]
         dealt = [np.split(of, _cuts(draw.dirichlet(workers * share * (1 - skew) / skew), len(of))) for of in by_class]
         parts = [np.sort(np.concatenate(pieces)) for pieces in zip(*dealt)]
-    for part_of in range(workers):  # a worker with nothing takes one record from the largest
-        if len(parts[part_of]) == 0:
+    for k in range(workers):  # a worker with nothing takes one record from the largest
+        if len(parts[k]) == 0:
             largest = max(range(workers), key=lambda w: len(parts[w]))
-            parts[largest], parts[part_of] = parts[largest][:-1], parts[largest][-1:]
+            parts[largest], parts[k] = parts[largest][:-1], parts[largest][-1:]
     return [data.take(torch.from_numpy(part)) for part in parts]
 
 

@@ -2,7 +2,7 @@
 
 The privacy unit is one record of one worker (sample-level): each worker clips and noises by itself, so its update is
 private before anybody sees it, the server and the other workers included. What a worker has spent stands in its own
-:class:`~dpteach.accounting.Ledger`. Workers without a common record compose in parallel: their ε are never added, and
+:class:`~dpteach.ledger.Ledger`. Workers without a common record compose in parallel: their ε are never added, and
 never averaged.
 
 Source: McMahan et al. 2017 (federated averaging); Abadi et al. 2016 (what each worker does).
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,21 +75,28 @@ class Worker:
             :class:`~dpteach.training.Step`; its ``epsilon`` is that of *all* charges, this round's included.
 
         Raises:
-            ValueError: if the ledger is damaged. Then nothing has been trained.
+            ValueError: as :func:`dpteach.training.train`, or if the ledger is damaged. Then nothing has been trained.
+
+        Warns:
+            UserWarning: if δ is 1/n or more, as :func:`dpteach.training.train`.
         """
+        steps = self._round(model)
+        self._warn_of_delta()
+        return steps
+
+    def _warn_of_delta(self) -> None:
+        if self.method != "sgd" and (sentence := delta_warning(self.settings, len(self.data))):
+            warnings.warn(sentence, stacklevel=3)
+
+    def _check(self, model: nn.Module) -> None:
         check(model, self.data, self.settings, method=self.method, optimizer=self.optimizer)
+
+    def _round(self, model: nn.Module) -> Iterator[Step]:
+        self._check(model)
         sigma = 0.0 if self.method == "sgd" else self.settings.noise_multiplier
         charge = self.ledger.charge(noise_multiplier=sigma, sample_rate=self.sample_rate, steps=self.steps_per_round)
-        if self.method != "sgd" and delta_warning(self.settings, len(self.data)):
-            warnings.warn(delta_warning(self.settings, len(self.data)), stacklevel=2)
-        steps = begin(
-            model,
-            self.data,
-            dataclasses.replace(self.settings, seed=self._seed_of(charge)),
-            method=self.method,
-            optimizer=self.optimizer,
-        )
-        spent = self.epsilon("rdp")
+        settings, spent = dataclasses.replace(self.settings, seed=self._seed_of(charge)), self.epsilon("rdp")
+        steps = begin(model, self.data, settings, method=self.method, optimizer=self.optimizer)
         return (dataclasses.replace(step, epsilon=spent) for step in steps)
 
     def _seed_of(self, charge: int) -> int | None:
@@ -111,16 +117,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class WorkerStep:
-    """One step of one worker in one round.
+    """One step of one worker in one round."""
 
-    Attributes:
-        round: 1, 2, … ``rounds``.
-        worker: the worker's name.
-        step: the worker's step.
-    """
-
-    round: int
-    worker: str
+    round: int  # 1, 2, … ``rounds``
+    worker: str  # its name
     step: Step
 
 
@@ -169,14 +169,12 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
     >>> federated_average([a, b], weights=[3, 1])["weight"]
     tensor([[1.]])
     """
-    states = [model.state_dict() for model in models]
-    if not states:
+    states, n = [model.state_dict() for model in models], len(models)
+    if n == 0:
         raise ValueError("models must hold at least one model, got none")
-    weights = [1.0] * len(states) if weights is None else [number("weights", w, low=0) for w in weights]
-    if len(weights) != len(states) or sum(weights) == 0:
-        raise ValueError(
-            f"weights must hold one number for each of the {len(states)} models, not all zero, got {weights!r}"
-        )
+    weights = [1.0] * n if weights is None else [number("weights", w, low=0) for w in weights]
+    if len(weights) != n or sum(weights) == 0:
+        raise ValueError(f"weights must hold one number for each of the {n} models, not all zero, got {weights!r}")
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     for k, other in enumerate(shapes[1:], start=1):
         if other != shapes[0]:
@@ -192,13 +190,13 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
                 "records that no noise covers. Use GroupNorm or LayerNorm, or copy the first model's buffers into the "
                 "others to release only these."
             )
-    largest = max(weights)
-    total = sum(w / largest for w in weights)
+    total = sum(w / max(weights) for w in weights)
+    shares = [w / max(weights) / total for w in weights]
 
     def mean(values: list[Tensor]) -> Tensor:
         if all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0].clone()
-        return functools.reduce(torch.add, (value * (w / largest / total) for value, w in zip(values, weights)))
+        return functools.reduce(torch.add, map(torch.mul, values, shares))
 
     return {name: mean([state[name] for state in states]) for name in states[0]}
 
@@ -206,27 +204,27 @@ def federated_average(models: Sequence[nn.Module], weights: Sequence[float] | No
 def train_steps(
     workers: Sequence[Worker], model: nn.Module, rounds: int, *, weights: str = "size", test_data: Data | None = None
 ) -> Iterator[WorkerStep | Round]:
-    """As :func:`train_rounds`, with every worker's steps in between: for a live picture, or to stop at once."""
+    """As :func:`train_rounds`, with every worker's steps in between: for a live picture, or to stop at once.
+
+    Without its warning: where there is a picture, the sentence can stand beside it.
+    """
     rounds, _ = whole("rounds", rounds, low=1), choice("weights", weights, WEIGHTS)
     names = [worker.name for worker in workers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"workers must be at least one, each with a name of its own, got {names!r}")
-    return _worker_steps(
-        workers, model, rounds, [len(w.data) if weights == "size" else 1.0 for w in workers], test_data
-    )
+    shares = [len(worker.data) if weights == "size" else 1.0 for worker in workers]
+    return _worker_steps(workers, model, rounds, shares, test_data)
 
 
 def _worker_steps(
     workers: Sequence[Worker], model: nn.Module, rounds: int, weights: list[float], test_data: Data | None
 ) -> Iterator[WorkerStep | Round]:
-    for worker in workers:
-        check(
-            model, worker.data, worker.settings, method=worker.method, optimizer=worker.optimizer
-        )  # once: the copies are alike
-    for number_ in range(1, rounds + 1):
+    for worker in workers:  # before anybody is charged
+        worker._check(model)
+    for k in range(1, rounds + 1):
         copies = {worker.name: copied(model) for worker in workers}
         losses: dict[str, list[float]] = {worker.name: [] for worker in workers}
-        at_work = {worker.name: worker.train_round(copies[worker.name]) for worker in workers}
+        at_work = {worker.name: worker._round(copies[worker.name]) for worker in workers}
         while at_work:  # one step each in turn, as if at the same time
             for name in list(at_work):
                 step = next(at_work[name], None)
@@ -234,15 +232,11 @@ def _worker_steps(
                     del at_work[name]
                     continue
                 losses[name].append(step.loss)
-                yield WorkerStep(number_, name, step)
+                yield WorkerStep(k, name, step)
         model.load_state_dict(federated_average(list(copies.values()), weights))
-        yield Round(
-            number_,
-            rounds,
-            {name: _mean(values) for name, values in losses.items()},
-            {worker.name: worker.epsilon("rdp") for worker in workers},
-            accuracy(model, test_data) if test_data is not None else None,
-        )
+        means = {name: torch.tensor(values, dtype=torch.float64).nanmean().item() for name, values in losses.items()}
+        spent = {worker.name: worker.epsilon("rdp") for worker in workers}
+        yield Round(k, rounds, means, spent, accuracy(model, test_data) if test_data is not None else None)
 
 
 def train_rounds(
@@ -266,15 +260,12 @@ def train_rounds(
     Raises:
         ValueError: at the call, if an argument is out of its range.
 
+    Warns:
+        UserWarning: if a worker's δ is 1/n or more, as :func:`dpteach.training.train`.
+
     Source: McMahan et al. 2017, Algorithm 1, with every client in every round.
     """
-    return (
-        event
-        for event in train_steps(workers, model, rounds, weights=weights, test_data=test_data)
-        if isinstance(event, Round)
-    )
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]  # an empty batch has no loss
-    return sum(known) / len(known) if known else math.nan
+    events = train_steps(workers, model, rounds, weights=weights, test_data=test_data)
+    for worker in workers:
+        worker._warn_of_delta()
+    return (event for event in events if isinstance(event, Round))

@@ -4,10 +4,10 @@ import array
 import collections
 import copy
 import io
-import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dpteach.randomness import RANDOM_STATE
+
+RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What holds no record, or nothing that can be looked at.
+_NO_STATE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, weakref.ref, torch.Generator)
 
 Shape = tuple[tuple[Any, ...], ...]  # see shape_of
 _PROBED: "weakref.WeakKeyDictionary[nn.Module, Shape]" = weakref.WeakKeyDictionary()
@@ -29,8 +34,7 @@ def check_trainable(model: nn.Module) -> None:
 def check_model(model: nn.Module) -> None:
     """Refuse what can be seen without a record: nothing to train, a layer known to mix samples or to keep them.
 
-    Raises:
-        ValueError: names the layer and what to use instead.
+    The ValueError names the layer and what to use instead.
     """
     check_trainable(model)
     for name, p in model.named_parameters():
@@ -72,16 +76,11 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
     Raises:
         ValueError: says what was seen.
     """
-    now = shape_of(model)
-    if len(X) == 0 or (model in _PROBED and same_shape(_PROBED[model], now)):
+    if len(X) == 0 or _vouched(model):
         return
     trained = {id(p) for p in model.parameters()}
-    loose = [
-        path
-        for path, tensor in _tensors(model)
-        if tensor.requires_grad and tensor.is_leaf and id(tensor) not in trained
-    ]
-    if loose:
+    leaves = ((path, tensor) for path, tensor in _tensors(model) if tensor.requires_grad and tensor.is_leaf)
+    if loose := [path for path, tensor in leaves if id(tensor) not in trained]:
         raise ValueError(
             f"model must hold what it trains in model.parameters(), but {loose[0]!r} asks for a gradient and is not "
             "there: it would be left with one that has no noise. Use nn.Parameter, nn.ModuleList, nn.ParameterList"
@@ -91,7 +90,7 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
         return
     records = X[finite[torch.linspace(0, len(finite) - 1, min(8, len(finite))).long()]].clone()
     before = dict(_leaves(model))
-    with RANDOM_STATE, _random_state_kept(), torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+    with _apart(), torch.autocast(X.device.type, enabled=False):
         kept = _kept(model, records)
         mixed = "" if kept else _mixed(model, records, batch)
         if dict(_leaves(model)) != before and not kept:
@@ -106,10 +105,8 @@ def check_alone(model: nn.Module, X: Tensor, batch: int = 9) -> None:
             f"model must treat each sample alone, but {mixed}: then no sample has a gradient of its own, and clipping "
             "bounds nothing. Find the layer that works along the first dimension."
         )
-    with RANDOM_STATE, _random_state_kept(), torch.no_grad():
-        model(
-            records[:2].clone()
-        )  # what the first pass makes, once for all: under vmap it would be of no use afterwards
+    with _apart():  # what the first pass makes, once for all: under vmap it would be of no use afterwards
+        model(records[:2].clone())
     vouch(model)
 
 
@@ -118,24 +115,30 @@ def vouch(model: nn.Module) -> None:
     _PROBED[model] = shape_of(model)
 
 
+def _vouched(model: nn.Module) -> bool:
+    return model in _PROBED and same_shape(_PROBED[model], shape_of(model))
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Without gradients, and with the random state of before at the end."""
+    with RANDOM_STATE, torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+        yield
+
+
 def _kept(model: nn.Module, records: Tensor) -> str:
     """The name of what a forward pass leaves behind that depends on the records; empty if there is none."""
     half = max(1, len(records) // 2)
-    copies, groups = [copied(model) for _ in range(3)], [records[:half], records[-half:], records[:half]]
-    for twin, group in zip(copies, groups):
+    copies = [copied(model) for _ in range(3)]
+    for twin, group in zip(copies, [records[:half], records[-half:], records[:half]]):
         for _ in range(2):
             _outputs(twin, group)
-    first, other, again = (dict(_leaves(twin)) for twin in copies)
-    state = {
-        name: dict(_leaves(model))[name] for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
-    }
-    moved = [name for name, value in state.items() if first.get(name) != value]
+    before, first, other, again = (dict(_leaves(twin)) for twin in (model, *copies))
+    state = (*dict(model.named_parameters()), *dict(model.named_buffers()))
+    moved = [name for name in state if first.get(name) != before[name]]
+    unlike = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
     # What differs with the same records too (the order of a set, a time) is no record's doing.
-    depends = [
-        name
-        for name in first.keys() | other.keys()
-        if first.get(name) != other.get(name) and first.get(name) == again.get(name)
-    ]
+    depends = [name for name in unlike if first.get(name) == again.get(name)]
     return repr(min(moved or depends)) if moved or depends else ""
 
 
@@ -149,37 +152,32 @@ def _mixed(model: nn.Module, records: Tensor, batch: int) -> str:
         unlike += [10 * drawn, drawn, 1 - 2 * _beside(records, 1)]
     depends = "its output for one sample depends on the others in the batch"
     for perturbed in (False, True):  # a head of zeros would hide what stands before it
-        twin, cast, tolerance = _precise(model, records, perturbed)
+        twin, dtype, tolerance = _precise(model, records, perturbed)
         if twin is None:
             continue
+        modes = {layer: layer.training for layer in twin.modules()}
         for k in {0, len(records) // 2, len(records) - 1}:
-            one, others = cast(records[k : k + 1]), [cast(_beside(records, k + shift)) for shift in (1, 2, 4)]
-            invented = [cast(rows) for rows in unlike]
-            together = [_outputs(twin, torch.cat([one, rows])) for rows in others]
+            one = records[k : k + 1]
+            three = [_batch(dtype, one, _beside(records, k + shift)) for shift in (1, 2, 4)]
+            invented = [_batch(dtype, one, rows) for rows in unlike]
+            together = [_outputs(twin, x) for x in three]
             if any(len(output) != 4 for output in together):
                 return f"it gives {len(together[0])} outputs for 4 samples"
-            if _near(together[0], _outputs(twin, torch.cat([one, others[0]])), tolerance):
-                together += [
-                    output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None
-                ]
+            if _near(together[0], _outputs(twin, three[0]), tolerance):
+                together += _tried(twin, invented)
                 if not all(_near(together[0][:1], output[:1], tolerance) for output in together[1:]):
                     return depends
-            modes = {layer: layer.training for layer in twin.modules()}
-            for layer in modes:
-                if isinstance(layer, RANDOM_LAYERS):
-                    layer.training = False
-            calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
+            put_modes({layer: False for layer in modes if isinstance(layer, RANDOM_LAYERS)})
+            calm = _calm(twin, three[0], tolerance)
             if not calm:  # something else draws: at rest it may not
                 twin.eval()
-                calm = _calm(twin, torch.cat([one, others[0]]), tolerance)
-            many = _beside(records, k, batch - 1)
-            alone = _outputs(twin, one)
-            beside = [_outputs(twin, torch.cat([one, rows])) for rows in (*others, cast(many))]
-            beside += [output for rows in invented if (output := _tried(twin, torch.cat([one, rows]))) is not None]
+                calm = _calm(twin, three[0], tolerance)
+            many = _batch(dtype, one, _beside(records, k, batch - 1))
+            alone = _outputs(twin, _batch(dtype, one))
+            beside = [_outputs(twin, x) for x in (*three, many)] + _tried(twin, invented)
             if calm and not all(_near(alone, output[:1], tolerance) for output in beside):
                 return depends
-            for layer, mode in modes.items():
-                layer.training = mode
+            put_modes(modes)
     return ""
 
 
@@ -187,9 +185,12 @@ def _beside(records: Tensor, start: int, count: int = 3) -> Tensor:
     return records[torch.arange(start, start + count) % len(records)]
 
 
-def _precise(
-    model: nn.Module, records: Tensor, perturbed: bool
-) -> tuple[nn.Module | None, Callable[[Tensor], Tensor], float]:
+def _batch(dtype: torch.dtype | None, *rows: Tensor) -> Tensor:
+    x = torch.cat(rows)
+    return x.to(dtype) if dtype and x.is_floating_point() else x
+
+
+def _precise(model: nn.Module, records: Tensor, perturbed: bool) -> tuple[nn.Module | None, torch.dtype | None, float]:
     """A copy in float64, where rounding is not taken for mixing; in its own precision if it can't run there."""
     for dtype, tolerance in ((torch.float64, 1e-7), (None, 1e-3)):
         twin = copied(model)
@@ -199,14 +200,10 @@ def _precise(
                 if p.is_floating_point():
                     scale = 0.1 / (p[0].numel() ** 0.5 if p.dim() > 1 else 1)
                     p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
-        twin = twin if dtype is None else twin.to(dtype)
-
-        def cast(x: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
-            return x.to(dtype) if dtype is not None and x.is_floating_point() else x
-
-        if _tried(twin, cast(records[:1])) is not None:
-            return twin, cast, tolerance
-    return None, lambda x: x, 0.0
+        twin = twin.to(dtype) if dtype else twin
+        if _tried(twin, [_batch(dtype, records[:1])]):
+            return twin, dtype, tolerance
+    return None, None, 0.0
 
 
 def _outputs(model: nn.Module, x: Tensor, seed: int = 3) -> Tensor:
@@ -217,12 +214,13 @@ def _outputs(model: nn.Module, x: Tensor, seed: int = 3) -> Tensor:
     return output
 
 
-def _tried(model: nn.Module, x: Tensor) -> Tensor | None:
-    """The outputs; None where the model can't take what was invented."""
-    try:
-        return _outputs(model, x)
-    except Exception:
-        return None
+def _tried(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """The outputs for the batches that the model can take: some are invented."""
+    outputs = []
+    for x in batches:
+        with suppress(Exception):
+            outputs.append(_outputs(model, x))
+    return outputs
 
 
 def _calm(model: nn.Module, x: Tensor, tolerance: float) -> bool:
@@ -245,15 +243,11 @@ def put_modes(modes: dict[nn.Module, bool]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that holds computed tensors, as pruning and the old weight_norm leave them.
-
-    Raises:
-        ValueError: if it can't be copied.
-    """
+    """A deep copy, also of computed tensors, as pruning and the old weight_norm leave them; else a ValueError."""
     computed = {id(tensor): tensor.detach().clone() for _, tensor in _tensors(model) if not tensor.is_leaf}
     try:
         twin = copy.deepcopy(model, computed)
-        if model in _PROBED and same_shape(_PROBED[model], shape_of(model)):
+        if _vouched(model):
             vouch(twin)
         return twin
     except (RuntimeError, TypeError) as error:
@@ -262,18 +256,9 @@ def copied(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def kept_still(model: nn.Module) -> Iterator[None]:
-    """Put back, and refuse, whatever the block changes in the model's parameters and buffers: no noise covers it.
-
-    Raises:
-        ValueError: names what has moved.
-    """
-    before = [
-        (f"{path}.{key}".removeprefix("."), place, key, value, value.detach().clone())
-        for path, layer in model.named_modules()
-        for place in (layer._buffers, layer._parameters)
-        for key, value in place.items()
-        if value is not None
-    ]
+    """Put back, and refuse by name, what the block changes in the model's parameters and buffers: a ValueError."""
+    before = [(*held, held[-1].detach().clone()) for held in _held(model)]
+    known = {(id(place), key) for _, place, key, _, _ in before}
     moved = []
     try:
         yield
@@ -284,12 +269,10 @@ def kept_still(model: nn.Module) -> Iterator[None]:
                     moved.append(name)
                     place[key] = value
                     value.copy_(old)
-        known = {(id(place), key) for _, place, key, _, _ in before}
-        for path, layer in model.named_modules():
-            for place in (layer._buffers, layer._parameters):
-                for key in [key for key, value in place.items() if value is not None and (id(place), key) not in known]:
-                    moved.append(f"{path}.{key}".removeprefix("."))
-                    del place[key]
+        for name, place, key, _ in list(_held(model)):
+            if (id(place), key) not in known:
+                moved.append(name)
+                del place[key]
     if moved:
         raise ValueError(
             f"model must change by its noisy gradient only, but a training step changed {moved[0]!r} in its forward "
@@ -297,54 +280,31 @@ def kept_still(model: nn.Module) -> Iterator[None]:
         )
 
 
+def _held(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """Each buffer and parameter: its name, the dict that holds it and the key there, itself."""
+    for path, layer in model.named_modules():
+        for place in (layer._buffers, layer._parameters):
+            for key, value in place.items():
+                if value is not None:
+                    yield f"{path}.{key}".removeprefix("."), place, key, value
+
+
 def shape_of(model: nn.Module) -> Shape:
     """The layers a model is made of, their modes, options and hooks: a change of these is another model."""
-    return tuple(
-        (
-            weakref.ref(layer),
-            type(layer),
-            layer.training,
-            "forward" in vars(layer),
-            _options(layer),
-            *(tuple(getattr(layer, name)) for name in HOOKS),
-        )
-        for layer in model.modules()
-    )
+    return tuple(map(_shape_of_layer, model.modules()))
 
 
-def _options(layer: nn.Module) -> Shape:
+def _shape_of_layer(layer: nn.Module) -> tuple[Any, ...]:
+    options = [(key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str))]
     if not type(layer).__module__.startswith("torch.nn"):  # a counter of the reader's own is no option
-        return ()
-    return tuple(
-        (key, value) for key, value in vars(layer).items() if isinstance(value, (int, float, str)) and key != "training"
-    )
+        options = []
+    hooks = [tuple(getattr(layer, name)) for name in HOOKS]
+    return weakref.ref(layer), type(layer), layer.training, "forward" in vars(layer), tuple(options), *hooks
 
 
 def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two answers of :func:`shape_of` are of one model that has stayed what it was."""
     return len(a) == len(b) and all(x[0]() is y[0]() is not None and x[1:] == y[1:] for x, y in zip(a, b))
-
-
-RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-
-
-# What holds no record, or nothing that can be looked at.
-_NO_STATE = (
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.ModuleType,
-    weakref.ref,
-    torch.Generator,
-)
 
 
 def _walk(value: Any, path: str = "", seen: set[int] | None = None, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -358,35 +318,27 @@ def _walk(value: Any, path: str = "", seen: set[int] | None = None, depth: int =
         yield path, bytes(value)
     elif isinstance(value, io.BytesIO):
         yield path, value.getvalue()
-    elif id(value) in seen or depth > 20 or isinstance(value, _NO_STATE):
-        return
-    else:
+    elif id(value) not in seen and depth <= 20 and not isinstance(value, _NO_STATE):
         seen.add(id(value))
         if isinstance(value, dict):
-            inner = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+            inner = [(f"[{key!r}]", item) for key, item in value.items()]
         elif isinstance(value, (list, tuple, collections.deque)):
-            inner = [(f"{path}[{k}]", item) for k, item in enumerate(value)]
+            inner = [(f"[{k}]", item) for k, item in enumerate(value)]
         elif isinstance(value, (set, frozenset)):
-            inner = [(f"{path}{{{k}}}", item) for k, item in enumerate(value)]
-        elif isinstance(value, nn.Module):
-            parts = {**value._modules, **value._parameters, **value._buffers}
-            own = {
-                key: item
-                for key, item in vars(value).items()
-                if key not in ("_modules", "_parameters", "_buffers", *HOOKS)
-            }
-            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in {**parts, **own}.items()]
+            inner = [(f"{{{k}}}", item) for k, item in enumerate(value)]
         else:
-            slots = [
-                key for kind in type(value).__mro__ for key in getattr(kind, "__slots__", ()) if hasattr(value, key)
-            ]
-            own = {
-                **{key: getattr(value, key) for key in slots if isinstance(key, str)},
-                **getattr(value, "__dict__", {}),
-            }
-            inner = [(f"{path}.{key}".removeprefix("."), item) for key, item in own.items()]
+            inner = [(f".{key}", item) for key, item in _attributes(value).items()]
         for name, item in inner:
-            yield from _walk(item, name, seen, depth + 1)
+            yield from _walk(item, f"{path}{name}".removeprefix("."), seen, depth + 1)
+
+
+def _attributes(value: Any) -> dict[Any, Any]:
+    if isinstance(value, nn.Module):
+        elsewhere = ("_modules", "_parameters", "_buffers", *HOOKS)
+        own = {key: item for key, item in vars(value).items() if key not in elsewhere}
+        return {**value._modules, **value._parameters, **value._buffers, **own}
+    slots = [key for kind in type(value).__mro__ for key in getattr(kind, "__slots__", ()) if hasattr(value, key)]
+    return {**{key: getattr(value, key) for key in slots}, **getattr(value, "__dict__", {})}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -398,14 +350,8 @@ def _leaves(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
             value = value.detach().cpu().resolve_conj()
             value = value.to_dense() if value.layout != torch.strided else value
-            yield (
-                path,
-                (
-                    str(value.dtype),
-                    tuple(value.shape),
-                    value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr(value.item()),
-                ),
-            )
+            content = value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr(value.item())
+            yield path, (str(value.dtype), tuple(value.shape), content)
         elif isinstance(value, np.ndarray):
             yield path, (value.dtype.str, value.shape, value.tobytes())
         else:

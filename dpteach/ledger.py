@@ -1,10 +1,10 @@
 """What training on one set of records has cost so far: an account that is written before each training.
 
-A ledger in a file outlasts the process. It is always whole: each charge writes a new file beside it, forces it to the
-disk and puts it in the old one's place. Whatever can't be read, or is not what it was, is an error and never an empty
-account.
+A ledger's file is always whole: each charge writes a new one beside it, forces it to the disk and puts it in the old
+one's place. Whatever can't be read, or is not what it was, is an error and never an empty account.
 """
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -15,22 +15,25 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
-from dpteach.accounting import MAX_STEPS, _checked, _of_history
+from dpteach.accounting import MAX_STEPS, _of_history, _question, _setting
 
 _FORMAT, _VERSION = "dpteach-ledger", 2
 _HEAD = (
     f'{{"format": "{_FORMAT}", "version": {_VERSION}, '
     '"columns": ["noise_multiplier", "sample_rate", "steps", "times"], "charges": [\n'
 ).encode()
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_WINDOWS = os.name == "nt"
+_NO_LINKS, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
 _IN_MEMORY = threading.Lock()
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,11 @@ class _Account(NamedTuple):
     data: bytes = b""  # the file that says so
 
     def extends(self, other: "_Account") -> bool:
-        if not other.rows:
-            return True
         last = len(other.rows) - 1
-        return (
-            len(self.rows) > last
-            and self.rows[:last] == other.rows[:last]
-            and self.rows[last][:3] == other.rows[last][:3]
-            and self.rows[last][3] >= other.rows[last][3]
-        )
+        if last < 0:
+            return True
+        same = len(self.rows) > last and self.rows[:last] == other.rows[:last]
+        return same and self.rows[last][:3] == other.rows[last][:3] and self.rows[last][3] >= other.rows[last][3]
 
     def charged(self, sigma: float, q: float, steps: int) -> "_Account":
         rows, lines = self.rows, self.data[: self.data.rfind(b'\n], "id": "')] if self.data else _HEAD
@@ -86,15 +85,9 @@ class Ledger:
     was then charged alike: back up, but restore with care.
 
     Args:
-        path: a ledger's file. None keeps the ledger in memory.
-        new: make the file, which must not exist yet, in a folder that exists. Only its owner can read and write it.
-
-    Attributes:
-        path: the file, absolute; None in memory.
-        id: the file's own random identity; empty in memory, and in a file of the first edition until its next charge.
-        charges: tuple of :class:`Charge`, in the order in which they were made.
-        count: how many charges they are.
-        steps: how many steps they are, in all.
+        path: a ledger's file; None keeps the ledger in memory. As an attribute, absolute.
+        new: make the file, which must not exist yet, in a folder that exists. Only its owner can read and write it; on
+            Windows, whoever may do so in the folder.
 
     Raises:
         ValueError: if there is no such file (with ``new``: if there is one, or no folder), or it has several hard
@@ -111,31 +104,20 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, new: bool = False):
         self.path: Path | None = None
         self._seen = _Account()
-        if path is None:
-            return
-        if new:
+        if path is not None and new:
             self._make(Path(path))
-            return
-        try:
-            self.path = Path(path).resolve(strict=True)
-        except (OSError, RuntimeError):  # nothing there, or links in a circle
-            raise ValueError(
-                f"path must be a ledger that exists, got {os.fspath(path)!r}. If these records have one, restore it: "
-                "what they have cost stands in it. If nothing was ever trained on them, make one: Ledger(path, "
-                "new=True)"
-            ) from None
-        self._account()  # a damaged file is an error now, not after the first training
+        elif path is not None:
+            self._open(Path(path))
 
     @property
     def id(self) -> str:
-        """The file's own random identity; empty in memory."""
+        """The file's own random identity; empty in memory, and in a file of the first edition until its next charge."""
         return self._account().id
 
     @property
     def charges(self) -> tuple[Charge, ...]:
         """Every charge, in the order in which they were made."""
-        rows = self._account().rows
-        return tuple(Charge(sigma, q, steps) for sigma, q, steps, times in rows for _ in range(times))
+        return tuple(Charge(sigma, q, steps) for sigma, q, steps, times in self._account().rows for _ in range(times))
 
     @property
     def count(self) -> int:
@@ -164,8 +146,8 @@ class Ledger:
                 nothing is written: don't train.
             OSError: if the file can't be written. Don't train.
         """
-        sigma, q, steps, *_ = _checked(noise_multiplier, sample_rate, steps, 1e-5, "rdp", None)
-        with self._locked():  # read, add and write as one
+        sigma, q, steps = _setting(noise_multiplier, sample_rate, steps)
+        with self._lock():  # read, add and write as one
             account = self._account(write=True)
             if account.steps + steps > MAX_STEPS:
                 left = MAX_STEPS - account.steps
@@ -186,36 +168,41 @@ class Ledger:
         are. Only if there are more different ones than the accountant can price in seconds (16; 128 by RDP), each is
         first rounded to a little less noise and a little higher rate: ε is then a bound that is less tight.
         """
-        *_, delta, accountant, _ = _checked(1.0, 1.0, 0, target_delta, accountant, None)
-        stretches: dict[tuple[float, float], int] = {}
+        delta, _ = _question(target_delta, accountant)
+        stretches: dict[tuple[float, float], int] = collections.Counter()
         for sigma, q, steps, times in self._account().rows:
-            stretches[sigma, q] = stretches.get((sigma, q), 0) + steps * times
+            stretches[sigma, q] += steps * times
         return _of_history(tuple((*key, steps) for key, steps in stretches.items()), delta, accountant)
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else repr(str(self.path))
         return f"Ledger({where}, {self.count} charges, {self.steps} steps)"
 
+    def _open(self, path: Path) -> None:
+        try:
+            self.path = path.resolve(strict=True)
+        except (OSError, RuntimeError):  # nothing there, or links in a circle
+            raise ValueError(
+                f"path must be a ledger that exists, got {str(path)!r}. If these records have one, restore it: what "
+                "they have cost stands in it. If nothing was ever trained on them, make one: Ledger(path, new=True)"
+            ) from None
+        self._account()  # a damaged file is an error now, not after the first training
+
     def _make(self, path: Path) -> None:
         if os.path.lexists(path):
             raise ValueError(f"path must be a new file with new=True, got {str(path)!r}: leave out new to open it")
         if not path.parent.is_dir():
             raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
-        self.path = path.parent.resolve() / path.name
-        name = secrets.token_hex(16)
-        account = _Account(name, data=_sealed(_HEAD, name))
-        with self._locked(new=True):
+        self.path, name = path.parent.resolve() / path.name, secrets.token_hex(16)
+        self._seen = _Account(name, data=_sealed(_HEAD, name))
+        with self._lock(new=True):
             if os.path.lexists(self.path):  # another process was quicker
                 raise ValueError(f"path must be a new file with new=True, got {str(path)!r}")
-            _write(self.path, account.data)
-        self._seen = account
+            _write(self.path, self._seen.data)
 
-    @contextlib.contextmanager
-    def _locked(self, new: bool = False) -> Iterator[None]:
+    def _lock(self, new: bool = False) -> contextlib.AbstractContextManager[Any]:
         if self.path is None:
-            with _IN_MEMORY:
-                yield
-            return
+            return _IN_MEMORY
         if not new and not os.path.lexists(self.path):  # a lock file would need, and make, the folder
             raise self._damaged("it is gone")
         if not os.access(self.path.parent, os.W_OK):  # filelock would wait for the right to write
@@ -223,8 +210,7 @@ class Ledger:
         lock = f"{self.path}.lock"
         if os.path.islink(lock):  # older versions of filelock follow it
             raise OSError(errno.ELOOP, "The lock of a ledger must not be a link", lock)
-        with FileLock(lock, timeout=30):
-            yield
+        return FileLock(lock, timeout=30)
 
     def _damaged(self, why: str) -> ValueError:
         return ValueError(
@@ -253,9 +239,11 @@ class Ledger:
         return account
 
     def _read(self, path: Path, write: bool) -> bytes:
-        flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS
+        flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_NONBLOCK", 0) | _NO_LINKS | _BINARY
         try:
-            with open(os.open(path, flags), "rb") as file:
+            if not _NO_LINKS and os.path.islink(path):
+                raise OSError(errno.ELOOP, "it is a link")
+            with open(_patiently(os.open, path, flags), "rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise self._damaged("it is not a file")
@@ -268,34 +256,47 @@ class Ledger:
         except FileNotFoundError:
             raise self._damaged("it is gone") from None
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+            # Windows has no right to open a folder
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR) or os.path.isdir(path):
                 raise self._damaged("it is not a file any more") from None
             raise
 
 
 def _write(path: Path, data: bytes, old: os.stat_result | None = None) -> None:
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o600)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS | _BINARY, 0o600)
     try:
         with open(descriptor, "wb") as file:
-            if old is not None and os.name == "posix":
+            if old is not None and not _WINDOWS:
                 with contextlib.suppress(PermissionError):  # only root can give a file away
                     os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-        os.replace(part, path)  # whole or not at all
+        _patiently(os.replace, part, path)  # whole or not at all
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-    if os.name == "posix":  # the new name must be on the disk too
+    if not _WINDOWS:  # the new name must be on the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _patiently(action: Callable[..., _T], *args: Any) -> _T:
+    """``action(*args)``; on Windows again for a second, which refuses while another process has the file open."""
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            return action(*args)
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _line(row: tuple[float, float, int, int]) -> bytes:
@@ -343,7 +344,7 @@ def _account_of(cells: list[Any], name: str, data: bytes) -> _Account:
     total = sum(map(operator.mul, steps, times))
     for sigma in (max(sigmas), min((sigma for sigma in sigmas if sigma), default=0.0)):
         for q in (min(rates), max(rates)):
-            _checked(sigma, q, min(steps), 1e-5, "rdp", None)
+            _setting(sigma, q, min(steps))
     if min(times) < 1 or total > MAX_STEPS:
         raise ValueError(f"its charges have {total} steps")
     return _Account(name, tuple(zip(sigmas, rates, steps, times)), sum(times), total, data)

@@ -224,7 +224,7 @@ def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, gen
         noise = generator.normal(summed.numel()).view(summed.shape).to(summed.device)
         return (summed.double() + noise_multiplier * max_grad_norm * noise).to(summed.dtype)
     noise = torch.randn(summed.shape, generator=generator, dtype=summed.dtype).to(summed.device)
-    return noise.mul_(noise_multiplier * max_grad_norm).add_(summed)
+    return summed + noise_multiplier * max_grad_norm * noise
 
 
 def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:

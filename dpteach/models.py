@@ -1,11 +1,13 @@
 """What to train: small models that learn on a CPU in seconds. A new model starts the same way for the same seed."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from dpteach._checks import choice, whole
+from dpteach.randomness import RANDOM_STATE
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -29,7 +31,7 @@ def mlp(
         whole(k, v, low=1) for k, v in (("inputs", inputs), ("hidden", hidden), ("outputs", outputs))
     )
     act = _ACTIVATIONS[choice("activation", activation, _ACTIVATIONS)]
-    return _start(nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), act(), nn.Linear(hidden, outputs)), seed)
+    return _started(nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), act(), nn.Linear(hidden, outputs)), seed)
 
 
 def cnn(*, activation: str = "relu", seed: int = 0) -> nn.Sequential:
@@ -45,7 +47,7 @@ def cnn(*, activation: str = "relu", seed: int = 0) -> nn.Sequential:
         ValueError: if ``activation`` is not known.
     """
     act = _ACTIVATIONS[choice("activation", activation, _ACTIVATIONS)]
-    return _start(
+    return _started(
         nn.Sequential(
             nn.Conv2d(1, 16, 8, stride=2, padding=3),
             act(),
@@ -62,7 +64,25 @@ def cnn(*, activation: str = "relu", seed: int = 0) -> nn.Sequential:
     )
 
 
-def _start(model: nn.Sequential, seed: int) -> nn.Sequential:
+def start(make_model: Callable[[], nn.Module], seed: int | None) -> nn.Module:
+    """``make_model()``, the same for the same seed whatever it draws from, and the global random numbers as they were.
+
+    The models of this room have a seed of their own. A reader's knows PyTorch's global generator only, which is swapped
+    here by one thread at a time; code of the reader's that draws from it at that moment gets other numbers.
+
+    Args:
+        make_model: as for an explorer.
+        seed: >= 0; None, for a run that nobody is to repeat, leaves the generator as it stands.
+    """
+    if seed is None:
+        return make_model()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with RANDOM_STATE, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return make_model()
+
+
+def _started(model: nn.Sequential, seed: int) -> nn.Sequential:
     # PyTorch's own start for these layers, U(-1/√fan_in, 1/√fan_in), but from a generator of its own: the global one
     # is shared with every thread and cell, so a run could not be repeated.
     generator = torch.Generator().manual_seed(whole("seed", seed, low=0))

@@ -54,5 +54,5 @@ class Settings:
         return math.ceil(n / self.batch_size)
 
     def sample_rate(self, n: int) -> float:
-        """Q for ``n`` records: one over the number of steps in an epoch, as in Opacus."""
+        """The sample rate q for ``n`` records: one over the number of steps in an epoch, as in Opacus."""
         return 1 / self.steps_per_epoch(n)

@@ -76,11 +76,9 @@ def opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: An
                     # Opacus multiplies by the batch's size; cross_entropy's own mean would divide by the labels that it
                     # does not ignore.
                     (losses.sum() / len(X)).backward()
-                _check_rows(optimizer, len(X))
             else:  # some layers can't run on nothing, and that would tell
                 losses = X.new_zeros(0)
-                for p in optimizer.params:
-                    p.grad_sample = p.new_zeros(0, *p.shape)
+            _check_rows(optimizer, len(X))
             optimizer.step()
             # The clipped sum, without noise, is kept on the parameters until then. Opacus' default leaves zeros.
             optimizer.zero_grad(set_to_none=True)
@@ -88,23 +86,18 @@ def opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: An
     finally:
         private.to_standard_module()
         model.zero_grad(set_to_none=True)
-        for part, names in (
-            (model.parameters(), ("grad_sample", "summed_grad")),
-            (model.modules(), ("activations", "max_batch_len")),
-        ):
-            for holder in part:
-                for name in names:  # of the records, and pickled with a whole model
-                    if name in vars(holder):
-                        delattr(holder, name)
+        for p in model.parameters():  # what is of the records would be pickled with a whole model
+            vars(p).pop("grad_sample", None)
+            vars(p).pop("summed_grad", None)
+        for layer in model.modules():
+            vars(layer).pop("activations", None)
+            vars(layer).pop("max_batch_len", None)
 
 
 def check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
-    """Opacus' gradients of a few records must be those of each record alone.
+    """ValueError if Opacus' gradients of a few records are not those of each alone, or the model is of half precision.
 
     It takes the first dimension of each layer's input, whatever the model has made of it, for the records.
-
-    Raises:
-        ValueError: if they are not, or the model is of half precision.
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
         raise ValueError(
@@ -119,18 +112,16 @@ def check_gradients(model: nn.Module, X: Tensor, y: Tensor) -> None:
     for layer in still.modules():  # nothing draws; Opacus looks at layers with parameters of their own in training only
         layer.training &= any(p.requires_grad for p in layer.parameters(recurse=False))
     vouch(still)
-    rows = per_sample_gradients(still, F.cross_entropy, X, y)
+    ours = per_sample_gradients(still, F.cross_entropy, X, y)
     wrapped = GradSampleModule(copied(still))
     _say_nothing_of_hooks()
     with torch.enable_grad():
         (sample_losses(F.cross_entropy, wrapped(X.clone()), y).sum() / len(X)).backward()
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    theirs = [
-        p.grad_sample.flatten(1) if p.grad_sample is not None else p.new_zeros(len(X), p.numel()) for p in trained
-    ]
-    if any(len(part) != len(X) for part in theirs) or not torch.allclose(
-        torch.cat(theirs, 1), rows, rtol=1e-3, atol=1e-4 * float(rows.nan_to_num().abs().max()) + 1e-12, equal_nan=True
-    ):
+    trained = [(p.grad_sample, p) for p in wrapped.parameters() if p.requires_grad]
+    theirs = [p.new_zeros(len(X), p.numel()) if rows is None else rows.flatten(1) for rows, p in trained]
+    near = {"rtol": 1e-3, "atol": 1e-4 * float(ours.nan_to_num().abs().max()) + 1e-12}
+    alike = all(len(rows) == len(X) for rows in theirs)
+    if not (alike and torch.allclose(torch.cat(theirs, 1), ours, **near, equal_nan=True)):
         raise ValueError(
             "model must treat each sample alone along the first dimension in every layer, but Opacus' gradients of "
             "three records are not those of each record alone: clipping would bound something else. Use "
@@ -145,7 +136,7 @@ def _check_rows(optimizer: Any, records: int) -> None:
     ``clip``.
     """
     for p in optimizer.params:
-        if p.grad_sample is None:  # a parameter that this batch did not use
+        if p.grad_sample is None:  # a parameter that this batch did not use, or an empty batch
             p.grad_sample = p.new_zeros(records, *p.shape)
         if len(p.grad_sample) != records:
             raise ValueError(

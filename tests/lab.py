@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -74,7 +75,7 @@ def slowness() -> float:
     began = time.perf_counter()
     for _ in range(1_000_000):
         pass
-    return max(1.0, (time.perf_counter() - began) / 0.04, os.getloadavg()[0] / (os.cpu_count() or 1))
+    return max(1.0, (time.perf_counter() - began) / 0.04, psutil.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def new_notebook(folder: Path, name: str, *cells: str) -> str:
@@ -122,13 +123,15 @@ def lab_server(folder: Path):
 @contextmanager
 def running(command: list[str], env: dict, log: Path, address, *, sent=signal.SIGTERM):
     """A server in a session of its own, with its words in ``log``; yields what ``address()`` says once it says something."""
-    with log.open("w") as words:
+    with log.open("w", encoding="utf8") as words:
         server = subprocess.Popen(command, env=env, stdout=words, stderr=words, start_new_session=True)
     try:
         deadline = time.monotonic() + 90 * slowness()
         while not (found := address()):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{' '.join(command[1:3])} did not start:\n{log.read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"{' '.join(command[1:3])} did not start:\n{log.read_text(encoding='utf8', errors='replace')[-2000:]}"
+                )
             time.sleep(0.2)
         yield found
     finally:
@@ -136,7 +139,9 @@ def running(command: list[str], env: dict, log: Path, address, *, sent=signal.SI
         try:
             server.wait(20 * slowness())
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+            for child in psutil.Process(server.pid).children(recursive=True):
+                child.kill()
+            server.kill()
             server.wait()
 
 
@@ -144,7 +149,7 @@ def told_address(runtime: Path, pattern: str) -> str | None:
     """The address that a Jupyter server has written into its runtime folder; None before."""
     for path in runtime.glob(pattern):
         try:
-            return json.loads(path.read_text())["url"]
+            return json.loads(path.read_text(encoding="utf8"))["url"]
         except (ValueError, KeyError):
             pass  # still being written
     return None

@@ -12,6 +12,7 @@ from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant as RdpOfDpAccounting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from loops import in_one_test
 from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 from opacus.accountants.utils import get_noise_multiplier
@@ -35,7 +36,7 @@ GRID = [
     (5.0, 0.3, 500, 1e-5),
     (1.5, 1.0, 3, 1e-5),
 ]
-grid = pytest.mark.parametrize("sigma, q, steps, delta", GRID)
+grid = in_one_test("sigma, q, steps, delta", GRID)
 
 
 def eps(sigma, q, steps, delta=1e-5, accountant="prv", **kwargs):
@@ -70,7 +71,7 @@ def test_epsilon_is_what_opacus_reports(name, theirs, within, sigma, q, steps, d
     assert eps(sigma, q, steps, delta, name) == pytest.approx(opacus_eps(theirs, sigma, q, steps, delta), abs=within)
 
 
-@pytest.mark.parametrize("sigma", [0.3, 0.7, 1.1, 2.0, 5.0, 20.0])
+@in_one_test("sigma", [0.3, 0.7, 1.1, 2.0, 5.0, 20.0])
 def test_rdp_is_that_of_two_other_libraries(sigma):
     whole, broken = (2, 3, 8, 17, 32, 63), (1.1, 1.5, 3.7, 10.9)
     for q in (1e-5, 1e-3, 0.01, 0.1, 0.5, 0.9, 1.0):
@@ -85,7 +86,7 @@ def test_rdp_is_that_of_two_other_libraries(sigma):
         assert accounting._divergences(sigma, q, whole + broken) == pytest.approx(opacus, rel=1e-10, abs=1e-11)
 
 
-@pytest.mark.parametrize("sigma, q", [(1e6, 0.5), (1e8, 0.01), (1e4, 1e-9), (1e50, 0.3), (100.0, 1e-6)])
+@in_one_test("sigma, q", [(1e6, 0.5), (1e8, 0.01), (1e4, 1e-9), (1e50, 0.3), (100.0, 1e-6)])
 def test_rdp_is_positive_and_right_where_sums_of_series_cancel(sigma, q):
     steps = 10**15  # for much noise one step's divergence is α·q²/(2σ²)
     wanted = steps * 5 * q**2 * math.expm1(sigma**-2) / 2
@@ -191,7 +192,7 @@ def test_without_sampling_epsilon_is_that_of_the_gaussian_mechanism(sigma, steps
 # --- where a number could be too small to be true -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu, steps", [*((mu, 1) for mu in (10, 25, 32, 33, 33.4)), (1, 10_000), (30, 100_000)])
+@in_one_test("mu, steps", [*((mu, 1) for mu in (10, 25, 32, 33, 33.4)), (1, 10_000), (30, 100_000)])
 def test_prv_stays_just_above_the_truth_at_large_epsilon_and_over_many_steps(mu, steps):
     exact = gaussian_eps(mu, 1e-5)
     assert exact <= eps(math.sqrt(steps) / mu, 1.0, steps) <= 1.0025 * exact + 0.02
@@ -242,7 +243,7 @@ SLOW = [  # each took minutes, or more memory than there is, or raised
 
 
 @every_accountant
-@pytest.mark.parametrize("run", SLOW)
+@in_one_test("run", SLOW)
 def test_every_accepted_setting_has_an_answer_in_seconds(accountant, run):
     start = time.process_time()
     with warnings.catch_warnings():
@@ -434,7 +435,7 @@ BAD = [math.nan, True, "1", None]
 GOOD = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 10, "target_delta": 1e-5}
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value",
     [
         *(("noise_multiplier", v) for v in (-0.1, math.inf, 1e-320, 1e308, 10**400, -(10**400), *BAD)),
@@ -464,13 +465,13 @@ def test_a_number_too_long_to_print_is_refused_in_one_short_sentence():
         epsilon(**{**GOOD, "steps": 10**5000})
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.inf, *BAD])
+@in_one_test("value", [0, -1.0, math.inf, *BAD])
 def test_budgets_that_are_no_epsilon_are_refused(refuses, value):
     with refuses("target_epsilon", value):
         noise_multiplier_for(target_epsilon=value, sample_rate=0.1, steps=10)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "accountant, alphas, what",
     [
         ("prv", [2, 3], "alphas must be left out with accountant 'prv'"),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from loops import in_one_test
 from scipy.stats import mannwhitneyu
 
 from dpteach.attacks import auc, margin_scores, membership_scores, mislabel, roc_curve, true_positive_rate_at
@@ -127,7 +128,7 @@ def test_mislabel_repeats_itself_for_a_seed_and_only_for_it():
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
 
 
-@pytest.mark.parametrize("share, count", [(0, 0), (1, 30), (0.1, 3)])
+@in_one_test("share, count", [(0, 0), (1, 30), (0.1, 3)])
 def test_mislabel_at_the_ends_of_its_range(share, count):
     assert int(mislabel(records(30), share=share, classes=10)[1].sum()) == count
 
@@ -146,7 +147,7 @@ def test_the_plain_loop_gives_its_mislabelled_records_away_and_an_untrained_mode
     assert found(model) > 0.9
 
 
-@pytest.mark.parametrize("false_positives, found", [(0, 0.02), (1, 0.04), (2, 0.06), (99, 1.0), (100, 1.0)])
+@in_one_test("false_positives, found", [(0, 0.02), (1, 0.04), (2, 0.06), (99, 1.0), (100, 1.0)])
 def test_so_many_false_positives_are_allowed_and_not_one_more(false_positives, found):
     non_members = torch.arange(100.0)
     members = torch.cat([torch.tensor([99.5, 99.4, 98.5, 98.4, 97.5, 97.4]), torch.full((94,), 0.5)])
@@ -166,7 +167,7 @@ def test_an_auc_of_one_half_can_hide_members_that_are_found_for_certain():
     assert true_positive_rate_at(members, non_members, false_positive_rate=0.0) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "call, name",
     [
         (lambda: membership_scores(torch.zeros(3), torch.zeros(3, dtype=torch.int64)), "logits"),

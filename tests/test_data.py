@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import time
-from urllib.error import URLError
 
 import pytest
 import torch
+from loops import in_one_test
 from torch.utils.data import DataLoader
-from torchvision.datasets import MNIST
 
 from dpteach import data
 from dpteach.data import BUNDLED, CHECKSUMS, Data, load_mnist, split, two_moons
@@ -106,12 +105,19 @@ def test_a_damaged_cache_is_refused_and_made_anew_once_deleted(place, damage):
     assert len(load_mnist(train=False)) == 10_000
 
 
-def test_without_a_copy_and_without_internet_one_error_says_what_to_do(place, monkeypatch):
-    def offline(self):
-        raise URLError("no route to host")
+@pytest.fixture
+def mirrors(place, monkeypatch):
+    """Nothing is bundled; two mirrors, the second one with the file."""
+    folders = [place / "first", place / "second"]
+    for folder in folders:
+        folder.mkdir()
+    (place / "bundled" / f"{LABELS}.gz").rename(folders[1] / f"{LABELS}.gz")
+    monkeypatch.setattr(data, "MIRRORS", tuple(f"{folder.as_uri()}/" for folder in folders))
+    return [folder / f"{LABELS}.gz" for folder in folders]
 
-    (place / "bundled" / f"{LABELS}.gz").unlink()
-    monkeypatch.setattr(MNIST, "download", offline)
+
+def test_without_a_copy_and_without_internet_one_error_says_what_to_do(place, mirrors):
+    mirrors[1].unlink()
     with pytest.raises(FileNotFoundError) as caught:
         load_mnist(train=False)
     message = str(caught.value)
@@ -119,27 +125,44 @@ def test_without_a_copy_and_without_internet_one_error_says_what_to_do(place, mo
         "MNIST was not found",
         str(place / "bundled"),
         str(place / "cache"),
-        "no route to host",
+        *data.MIRRORS,
+        "No such file",
         "Connect to the internet",
         "copy the four files",
     ):
         assert part in message
 
 
-def test_without_a_copy_torchvision_downloads_and_the_download_is_checked(place, monkeypatch, unpacked):
-    content = bytearray((unpacked / "MNIST" / "raw" / LABELS).read_bytes())
-
-    def download(self):
-        assert os.path.samefile(self.root, place / "cache")
-        (place / "cache" / "MNIST" / "raw" / LABELS).write_bytes(content)
-
-    (place / "bundled" / f"{LABELS}.gz").unlink()
-    monkeypatch.setattr(MNIST, "download", download)
+def test_without_a_copy_the_file_comes_from_the_first_mirror_that_has_the_right_one(place, mirrors):
+    content = mirrors[1].read_bytes()
+    mirrors[0].write_bytes(flip_a_bit(content))
     assert len(load_mnist(train=False)) == 10_000
-    (place / "cache" / "MNIST" / "raw" / LABELS).unlink()
-    content[-1] ^= 1
-    with pytest.raises(ValueError, match="is damaged or altered"):
+    cached = place / "cache" / "MNIST" / "raw" / LABELS
+    cached.unlink()
+    mirrors[1].write_bytes(content[:2000])
+    with pytest.raises(FileNotFoundError, match=r"first/: .* is damaged or altered.*second/: .* is damaged or altered"):
         load_mnist(train=False)
+    assert not cached.exists()
+
+
+def test_windows_which_replaces_no_file_that_is_being_read_is_no_error_if_the_file_is_there(place, monkeypatch):
+    cached = place / "cache" / "MNIST" / "raw" / LABELS
+    replace = os.replace
+
+    def quicker(part, target):
+        replace(part, target)
+        part.write_bytes(b"ours")
+        raise PermissionError("the other process reads it")
+
+    def refused(part, target):
+        raise PermissionError("no right to write here")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        load_mnist(train=False)
+    monkeypatch.setattr(os, "replace", quicker)
+    assert len(load_mnist(train=False)) == 10_000
+    assert [file.name for file in cached.parent.glob(f"{LABELS}*")] == [LABELS]
 
 
 def load_when_all_are_ready(ready, delay, folder):
@@ -231,7 +254,7 @@ def test_two_moons_can_be_told_apart_but_not_by_a_line():
     assert float(noisy.X.mean(0).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value",
     [
         *(("n", v) for v in (1, 2.5, math.nan, True)),
@@ -251,10 +274,10 @@ def ids(part):
 NUMBERED = Data(torch.arange(600.0).reshape(-1, 1), torch.arange(600) % 3)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "more", [{}, {"skew": 0.9}, {"weights": [5, 1, 1, 1]}, {"skew": 0.5, "weights": [5, 1, 1, 1]}, {"skew": 0.999}]
 )
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@in_one_test("seed", [0, 1, 2])
 def test_a_split_gives_every_record_to_exactly_one_worker(more, seed):
     parts = split(NUMBERED, 4, **more, seed=seed)
     assert sorted(sum(map(ids, parts), [])) == list(range(600))
@@ -278,7 +301,7 @@ def test_a_skewed_split_makes_the_workers_labels_unlike():
     assert unlike(0.0) < 0.3 < unlike(0.5) < unlike(0.95)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value, more",
     [
         ("workers", 0, {"workers": 0}),

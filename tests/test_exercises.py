@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from verdicts import unexpected
 
 from dpteach import exercises
 from dpteach.exercises import core, noise
@@ -18,23 +19,31 @@ from dpteach.exercises.core import Wrong, coding, examine
 ALL = exercises.every()
 CODING = [e for e in ALL if callable(e.reference)]
 IDS = [e.id for e in ALL]
-WRONG = [pytest.param(e, w, id=f"{e.id}-{getattr(w.answer, '__name__', w.answer)}") for e in ALL for w in e.wrong]
+for_each = pytest.mark.parametrize("exercise", ALL, ids=IDS)
 
 
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+@for_each
 def test_the_reference_answer_is_right(exercise):
     verdict = exercises.check(exercise.id, exercise.reference)
     assert verdict.passed is True, verdict
     assert repr(verdict).startswith("Right: ")
 
 
-@pytest.mark.parametrize("exercise, wrong", WRONG)
-def test_a_known_wrong_answer_gets_its_own_sentence(exercise, wrong):
-    verdict = exercises.check(exercise.id, wrong.answer)
-    assert (verdict.passed, verdict.message) == (False, wrong.message)
+@for_each
+def test_a_known_wrong_answer_gets_its_own_sentence(exercise):
+    verdicts = [exercises.check(exercise.id, wrong.answer) for wrong in exercise.wrong]
+    assert [(v.passed, v.message) for v in verdicts] == [(False, wrong.message) for wrong in exercise.wrong]
 
 
-@pytest.mark.parametrize("id, answer", [("3.1", noise._ignores_the_generator), ("3.2", noise._global_generator)])
+def noise_from_elsewhere(*args):
+    return noise.noisy_mean_gradient(*args[:-1], generator=None)
+
+
+def batch_from_elsewhere(n, sample_rate, generator):
+    return noise.poisson_batch(n, sample_rate, generator=None)
+
+
+@pytest.mark.parametrize("id, answer", [("3.1", noise_from_elsewhere), ("3.2", batch_from_elsewhere)])
 def test_the_verdict_on_an_answer_with_random_numbers_is_no_matter_of_chance(id, answer):
     verdicts = set()
     for seed in (3, 14, 15, 92, 65):
@@ -50,57 +59,47 @@ def test_two_equal_batches_are_no_proof_that_the_seed_was_used():
     args = (1, 0.5, torch.Generator())
     for seed in range(20):
         torch.manual_seed(seed)
-        assert noise._repeats(lambda: noise._global_generator(*args), args[2]) == 0
+        assert noise._repeats(lambda: batch_from_elsewhere(*args), args[2]) == 0
         assert noise._repeats(lambda: noise.poisson_batch(*args), args[2]) == 1
 
 
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
-def test_wrong_answers_of_one_exercise_have_different_sentences(exercise):
-    messages = [w.message for w in exercise.wrong]
-    assert len(set(messages)) == len(messages)
+def test_wrong_answers_of_one_exercise_have_different_sentences():
+    messages = {e.id: sorted(w.message for w in e.wrong) for e in ALL}
+    assert messages == {id: sorted(set(sentences)) for id, sentences in messages.items()}
 
 
-@pytest.mark.parametrize("exercise", CODING, ids=[e.id for e in CODING])
-def test_a_coding_exercise_knows_at_least_four_wrong_answers(exercise):
-    assert len(exercise.wrong) >= 4
+def test_a_coding_exercise_knows_at_least_four_wrong_answers():
+    assert [e.id for e in CODING if len(e.wrong) < 4] == []
 
 
-@pytest.mark.parametrize("nothing", [None, ..., NotImplemented])
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
-def test_an_exercise_that_was_not_attempted_says_so_in_one_line(exercise, nothing):
-    verdict = exercises.check(exercise.id, nothing)
-    assert verdict.passed is None and "\n" not in repr(verdict)
+@for_each
+def test_an_answer_that_was_not_attempted_gets_one_line_that_says_so(exercise):
+    answers = [None, ..., NotImplemented]
+    if callable(exercise.reference):
+        answers += [lambda *args, **kwargs: ..., lambda *args, **kwargs: None]
+    found = [exercises.check(exercise.id, answer) for answer in answers]
+    assert [(v.passed, "\n" in repr(v)) for v in found] == [(None, False)] * len(answers), found
 
 
-@pytest.mark.parametrize("exercise", CODING, ids=[e.id for e in CODING])
-def test_a_stub_is_not_attempted(exercise):
-    assert exercises.check(exercise.id, lambda *args, **kwargs: ...).passed is None
-    assert exercises.check(exercise.id, lambda *args, **kwargs: None).passed is None
-
-
-@pytest.mark.parametrize("exercise", CODING, ids=[e.id for e in CODING])
-def test_a_function_that_raises_gets_a_sentence(exercise):
+def test_a_function_that_raises_gets_a_sentence():
     def raises(*args, **kwargs):
         raise KeyError("oops")
 
-    verdict = exercises.check(exercise.id, raises)
-    assert verdict.passed is False and "KeyError" in verdict.message
+    assert unexpected((e.id, raises, False, "KeyError") for e in CODING) == ""
 
 
-@pytest.mark.parametrize("answer", ["text", 3 + 4j, [1, 2], object(), torch.zeros(3), float("nan")])
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
-def test_an_answer_of_the_wrong_type_gets_a_sentence(exercise, answer):
-    given = (lambda *args, **kwargs: answer) if callable(exercise.reference) else answer
-    verdict = exercises.check(exercise.id, given)
-    assert verdict.passed is False and verdict.message.endswith(".")
-    assert exercises.check(exercise.id, answer).passed is False
+@for_each
+def test_an_answer_of_the_wrong_type_gets_a_sentence(exercise):
+    wrong = ["text", 3 + 4j, [1, 2], object(), torch.zeros(3), float("nan")]
+    returned = [lambda *args, value=value, **kwargs: value for value in wrong] if callable(exercise.reference) else []
+    found = [(answer, exercises.check(exercise.id, answer)) for answer in wrong + returned]
+    assert [(a, v) for a, v in found if v.passed is not False or not v.message.endswith(".")] == []
 
 
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
-def test_an_exercise_has_a_hint_and_a_solution(exercise):
-    assert len(exercises.hint(exercise.id)) > 20
-    assert len(exercises.solution(exercise.id)) > 20
-    assert exercises.hint(exercise.id) in exercises.folded(exercise.id)
+def test_an_exercise_has_a_hint_and_a_solution():
+    short = [e.id for e in ALL if min(len(exercises.hint(e.id)), len(exercises.solution(e.id))) <= 20]
+    assert short == []
+    assert [e.id for e in ALL if exercises.hint(e.id) not in exercises.folded(e.id)] == []
 
 
 def test_ids_are_unique_and_in_order():
@@ -236,11 +235,11 @@ def test_whatever_an_answer_does_ends_in_a_sentence(answer, sentence, thread, sh
     assert examine(DOUBLE, lambda x: x * 2).passed  # and the next check is a check
 
 
-@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+@for_each
 def test_a_hostile_object_gets_a_sentence(exercise):
-    for answer in (Hostile(), Hostile, lambda *args, **kwargs: Hostile(), (Hostile(), Hostile()), iter(())):
-        verdict = exercises.check(exercise.id, answer)
-        assert verdict.passed is False and verdict.message.endswith(".") and repr(verdict)
+    answers = (Hostile(), Hostile, lambda *args, **kwargs: Hostile(), (Hostile(), Hostile()), iter(()))
+    found = [exercises.check(exercise.id, answer) for answer in answers]
+    assert [v for v in found if v.passed is not False or not v.message.endswith(".") or not repr(v)] == []
 
 
 def test_a_late_function_is_ended_and_not_left_running(short_limit):
@@ -251,9 +250,9 @@ def test_a_late_function_is_ended_and_not_left_running(short_limit):
             turns.append(1)
 
     assert examine(DOUBLE, counts).passed is False
-    made = len(turns)
+    counted = len(turns)
     time.sleep(0.1)
-    assert len(turns) == made > 0
+    assert len(turns) == counted > 0
 
 
 def test_a_check_inside_of_an_answer_is_refused_and_leaves_no_lock():
@@ -292,9 +291,9 @@ def test_an_interrupt_by_the_learner_is_one_sentence_and_ends_the_function():
     finally:
         signal.signal(signal.SIGINT, before)
     assert verdict == core.Verdict(False, "you stopped the check before it was over.")
-    made = len(turns)
+    counted = len(turns)
     time.sleep(0.1)
-    assert len(turns) == made > 0
+    assert len(turns) == counted > 0
 
 
 def test_prints_are_shown_once_and_cut(capsys):
@@ -328,7 +327,7 @@ def test_what_other_threads_print_during_a_check_is_not_taken(capsys):
     assert capsys.readouterr().out == "from the slider's thread\n"
 
 
-def test_a_function_that_prints_and_returns_nothing_is_told_to_return():
+def test_a_function_that_prints_and_returns_nothing_hears_of_return():
     verdict = examine(DOUBLE, lambda x: print(x * 2))
     assert verdict.passed is False and "`return`" in verdict.message and verdict.printed == "tensor([2., 4.])"
 
@@ -379,9 +378,10 @@ def test_an_answer_that_fails_on_a_late_input_is_known_by_the_earlier_ones():
     )
 
 
-@pytest.mark.parametrize("given", [True, "0.5", 0.5j, torch.tensor([0.5]), np.ones(3), torch.tensor(True)])
-def test_what_is_no_number_is_told_so(given):
-    assert "your function must return a number, got a " in examine(HALF, lambda x: given).message
+def test_what_is_no_number_gets_a_sentence():
+    for given in (True, "0.5", 0.5j, torch.tensor([0.5]), np.ones(3), torch.tensor(True)):
+        message = examine(HALF, lambda x, given=given: given).message
+        assert "your function must return a number, got a " in message, (given, message)
 
 
 EXACT = coding(
@@ -397,7 +397,7 @@ EXACT = coding(
 )
 
 
-def test_the_dtype_that_is_asked_for_is_needed_and_the_reason_is_told():
+def test_the_dtype_that_is_asked_for_is_needed_and_the_verdict_says_why():
     assert examine(EXACT, lambda x: x.numpy().astype(float) / 3).passed
     assert (
         examine(EXACT, lambda x: x / 3).message
@@ -426,37 +426,38 @@ SHARE = core.value(
 )
 
 
-@pytest.mark.parametrize(
-    "given, passed, sentence",
-    [
-        (1 / 12, True, "p."),
-        ("0.0833", True, "p."),
-        ("8.33 %", True, "p."),
-        (" 8.3% ", True, "p."),
-        (0.08, True, "p."),
-        (np.float32(1 / 12), True, "p."),
-        (torch.tensor([1 / 12]), True, "p."),
-        (np.array(1 / 12), True, "p."),
-        (8.33, False, "in percent"),
-        (8, False, "in percent"),
-        ("8.33", False, "in percent"),
-        (0.9, False, "turned round."),
-        (90, False, "taken as percent: turned round."),
-        (0.07, False, "0.07 is too low."),
-        (0.09, False, "0.09 is too high."),
-        (10**400, False, "inf is too high."),
-        (-(10**400), False, "-inf is too low."),
-        (True, False, "must be a number, got a bool."),
-        (np.True_, False, "must be a number"),
-        ("e", False, "must be a number, got a str."),
-        (math.nan, False, "nan is not"),
-        (1j, False, "must be a number"),
-        (torch.zeros(2), False, "must be a number, got a Tensor."),
-    ],
-)
-def test_a_number_is_read_however_it_is_written(given, passed, sentence):
-    verdict = examine(SHARE, given)
-    assert verdict.passed is passed and sentence in verdict.message
+NUMBERS = [
+    (1 / 12, True, "p."),
+    ("0.0833", True, "p."),
+    ("8.33 %", True, "p."),
+    (" 8.3% ", True, "p."),
+    (0.08, True, "p."),
+    (np.float32(1 / 12), True, "p."),
+    (torch.tensor([1 / 12]), True, "p."),
+    (np.array(1 / 12), True, "p."),
+    (8.33, False, "in percent"),
+    (8, False, "in percent"),
+    ("8.33", False, "in percent"),
+    (0.9, False, "turned round."),
+    (90, False, "taken as percent: turned round."),
+    (0.07, False, "0.07 is too low."),
+    (0.09, False, "0.09 is too high."),
+    (10**400, False, "inf is too high."),
+    (-(10**400), False, "-inf is too low."),
+    (True, False, "must be a number, got a bool."),
+    (np.True_, False, "must be a number"),
+    ("e", False, "must be a number, got a str."),
+    (math.nan, False, "nan is not"),
+    (1j, False, "must be a number"),
+    (torch.zeros(2), False, "must be a number, got a Tensor."),
+]
+
+
+def test_a_number_is_read_however_it_is_written():
+    verdicts = [(given, examine(SHARE, given), passed, sentence) for given, passed, sentence in NUMBERS]
+    assert [
+        (given, v) for given, v, passed, sentence in verdicts if (v.passed, sentence in v.message) != (passed, True)
+    ] == []
 
 
 LETTER = core.choose(
@@ -464,31 +465,26 @@ LETTER = core.choose(
 )
 
 
-@pytest.mark.parametrize(
-    "given", ["b", "B", "b)", "(b)", " B.", "b: because a record", "b.", "[b]", "**b**", '"b"', "b - it is"]
-)
-def test_a_letter_is_read_however_it_is_written(given):
-    assert examine(LETTER, given).passed is True
-    assert examine(LETTER, given.replace("b", "e").replace("B", "E").replace("eecause", "because")).message == "not e."
+def test_a_letter_is_read_however_it_is_written():
+    for given in ("b", "B", "b)", "(b)", " B.", "b: because a record", "b.", "[b]", "**b**", '"b"', "b - it is"):
+        assert examine(LETTER, given).passed is True, given
+        other = given.replace("b", "e").replace("B", "E").replace("eecause", "because")
+        assert examine(LETTER, other).message == "not e.", other
 
 
-@pytest.mark.parametrize("given", ["", "bb", "c", "a, b", "a/b", "because", 2, ["b"], np.zeros(2), "x" * 10_000])
-def test_what_is_no_letter_is_told_which_there_are(given):
-    verdict = examine(LETTER, given)
-    assert (
-        verdict.passed is False
-        and "must be one of 'a', 'b', 'e', got" in verdict.message
-        and len(verdict.message) < 150
-    )
+def test_what_is_no_letter_gets_the_list_of_letters():
+    given = ["", "bb", "c", "a, b", "a/b", "because", 2, ["b"], np.zeros(2), "x" * 10_000]
+    verdicts = [examine(LETTER, answer) for answer in given]
+    assert all(v.passed is False and len(v.message) < 150 for v in verdicts), verdicts
+    assert [v for v in verdicts if "must be one of 'a', 'b', 'e', got" not in v.message] == []
 
 
-@pytest.mark.parametrize(
-    "answer", [lambda: 1.2345, lambda: {"alice": 9.0}, lambda: {"x": 1}, lambda: [3.0], lambda: "no", lambda: None]
-)
-@pytest.mark.parametrize("right", [9.8765, {"alice": 9.8765}, [9.8765], ["9.8765"], "9.8765", torch.tensor([9.8765])])
-def test_no_verdict_shows_what_is_right(right, answer):
-    exercise = coding("0.9", hint="h", reference=lambda: right, inputs=[lambda: ()], praise="p.", wrong=[])
-    assert "9.8765" not in repr(examine(exercise, answer)) and "9.877" not in repr(examine(exercise, answer))
+def test_no_verdict_shows_what_is_right():
+    answers = [lambda: 1.2345, lambda: {"alice": 9.0}, lambda: {"x": 1}, lambda: [3.0], lambda: "no", lambda: None]
+    for right in (9.8765, {"alice": 9.8765}, [9.8765], ["9.8765"], "9.8765", torch.tensor([9.8765])):
+        exercise = coding("0.9", hint="h", reference=lambda r=right: r, inputs=[lambda: ()], praise="p.", wrong=[])
+        verdicts = [repr(examine(exercise, answer)) for answer in answers]
+        assert [v for v in verdicts if "9.8765" in v or "9.877" in v] == [], right
 
 
 # What a sceptical learner answers. Written from the text of the exercises, not from the package's own answers.
@@ -616,7 +612,7 @@ RIGHT = [
     ("3.4", "47%"),
     ("3.4", np.float64(0.4661)),
 ]
-WRONG_SO = [
+WRONG = [
     ("1.1", "b)", "line b reads"),
     ("1.1", "(d)", "line d computes"),
     ("1.1", np.array(["e", "e"]), "must be one of"),
@@ -632,6 +628,9 @@ WRONG_SO = [
     ("1.4", 8.3, "in percent"),
     ("1.4", 90, "taken as percent: 0.9 is the share of the members"),
     ("2.2", torch.tensor([2.5, 2.5]), "Make the row longer"),
+    ("2.2", torch.tensor([0.0, 0.0]), "the result moved by 0.00·C: a row of zeros adds"),
+    ("2.2", torch.tensor([0.0, 1.5]), "moved by 0.99·C, which is not more than 2·C. Clipping never moves"),
+    ("2.2", torch.tensor([0.0, 1.5]), "so a row of norm 1.5 moves the result by 1.5 at most"),
     ("2.2", torch.tensor([2.5, 0.0]), "Choose another direction"),
     ("2.2", torch.tensor([99.0, 9.0]), "Choose another direction"),
     ("2.2", torch.tensor([1.0, 1j]), "must be a tensor of two numbers"),
@@ -669,16 +668,14 @@ WRONG_SO = [
 ]
 
 
-@pytest.mark.parametrize("id, answer", RIGHT, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_a_right_answer_of_another_kind_is_right(id, answer):
-    verdict = exercises.check(id, answer)
-    assert verdict.passed is True, verdict
+@pytest.mark.parametrize("n", "123")
+def test_a_right_answer_of_another_kind_is_right(n):
+    assert unexpected((id, answer, True, "") for id, answer in RIGHT if id.startswith(n)) == ""
 
 
-@pytest.mark.parametrize("id, answer, sentence", WRONG_SO, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_a_wrong_answer_of_another_kind_is_told_what_is_wrong_with_it(id, answer, sentence):
-    verdict = exercises.check(id, answer)
-    assert verdict.passed is False and sentence in verdict.message, verdict
+@pytest.mark.parametrize("n", "123")
+def test_a_wrong_answer_of_another_kind_gets_the_sentence_that_fits(n):
+    assert unexpected((id, answer, False, words) for id, answer, words in WRONG if id.startswith(n)) == ""
 
 
 def test_a_print_in_a_function_that_is_called_thousands_of_times_is_shown_once(capsys):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from opacus.accountants import RDPAccountant
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, TensorDataset
+from verdicts import unexpected
 
 import dpteach
 from dpteach import epsilon
@@ -60,10 +62,14 @@ def epochs_from_above(budget_, n, batch_size, noise_multiplier, target_delta):
     return next(e for e in range(high, -1, -1) if cost(e) <= budget_)
 
 
+def cost(epochs, n, batch_size, noise_multiplier, target_delta):
+    return budget.price(n, batch_size, epochs, noise_multiplier, target_delta)
+
+
 def epochs_by_another_rounding(budget_, *run):
     """An ε that differs in the last place, as another library's does."""
     epochs = np.int64(0)
-    while budget._after(int(epochs) + 1, *run) * (1 + 1e-16 * (-1) ** int(epochs)) <= budget_:
+    while cost(int(epochs) + 1, *run) * (1 + 1e-16 * (-1) ** int(epochs)) <= budget_:
         epochs += 1
     return epochs
 
@@ -147,10 +153,9 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize("id, answer", RIGHT, ids=lambda x: getattr(x, "__name__", repr(x)[:30]))
-def test_a_right_answer_that_is_written_in_another_way_passes(id, answer):
-    verdict = check(id, answer)
-    assert verdict.passed is True, verdict
+@pytest.mark.parametrize("n", "4567")
+def test_a_right_answer_that_is_written_in_another_way_passes(n):
+    assert unexpected((id, answer, True, "") for id, answer in RIGHT if id.startswith(n)) == ""
 
 
 # Wrong, and said to be right or misjudged before
@@ -158,14 +163,14 @@ def test_a_right_answer_that_is_written_in_another_way_passes(id, answer):
 
 def search_in(end):
     def epochs_within(*args):
-        return next((e - 1 for e in range(1, end) if budget._after(e, *args[1:]) > args[0]), end - 1)
+        return next((e - 1 for e in range(1, end) if cost(e, *args[1:]) > args[0]), end - 1)
 
     return epochs_within
 
 
 def no_next_epoch(budget_, n, batch_size, noise_multiplier, target_delta):
     epochs = 0
-    while budget._after(epochs + 1, n, batch_size, noise_multiplier, target_delta) <= budget_:
+    while cost(epochs + 1, n, batch_size, noise_multiplier, target_delta) <= budget_:
         pass
     return epochs
 
@@ -214,7 +219,6 @@ WRONG = [
     ("6.2", 10**400, "whole number"),
     ("6.2", 0.3, "whole number"),
     ("6.2", True, "whole number"),
-    ("6.3", federated._charge_in_finally, "killed"),
     ("6.3", charges_in_except, "killed"),
     ("6.3", hides_the_error, "hides an error"),
     ("6.4", 73.1, "in percent"),
@@ -226,35 +230,29 @@ WRONG = [
     ("7.1", lambda replies: {r["name"]: r.pop("epsilon") for r in replies}, "changes the replies"),
     ("7.1", lambda replies: [{"name": r["name"], "epsilon": r["epsilon"]} for r in replies], "one dict"),
     ("7.1", lambda replies: str(flower.report(replies)), "must return a dict"),
-    ("7.3", flower._by_the_default, "PRV"),
-    ("7.3", flower._delta_of_clients, "1 / clients"),
 ]
 
 
-@pytest.mark.parametrize("id, answer, words", WRONG, ids=lambda x: getattr(x, "__name__", repr(x)[:30]))
-def test_a_wrong_answer_of_an_audit_is_told_what_is_wrong(id, answer, words):
-    verdict = check(id, answer)
-    assert verdict.passed is False and words in verdict.message, verdict
+@pytest.mark.parametrize("n", "4567")
+def test_a_wrong_answer_of_an_audit_gets_the_sentence_that_fits(n):
+    assert unexpected((id, answer, False, words) for id, answer, words in WRONG if id.startswith(n)) == ""
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
+def test_an_error_in_a_dict_does_not_show_what_is_right():
+    answers = [
         lambda replies: {r["name"]: 2 * r["epsilon"] for r in replies},
         lambda replies: {},
         lambda replies: {"alice": 1},
         lambda replies: [2.0],
         lambda replies: {r["name"]: "1.17" for r in replies},
         lambda replies: {r["name"]: [r["epsilon"]] for r in replies},
-    ],
-)
-def test_an_error_in_a_dict_does_not_show_what_is_right(answer):
-    verdict = check("7.1", answer)
-    assert verdict.passed is False and "1.17" not in verdict.message and "{" not in verdict.message, verdict
+    ]
+    found = [check("7.1", answer) for answer in answers]
+    assert [v for v in found if v.passed is not False or "1.17" in v.message or "{" in v.message] == []
 
 
 def test_a_budget_that_is_spent_to_the_last_digit_pays():
-    verdict = check("4.2", budget.strictly_below)
+    verdict = check("4.2", lambda money, *run: budget.epochs_within(math.nextafter(money, 0), *run))
     assert verdict.passed is False and "exactly" in verdict.message
 
 
@@ -275,7 +273,7 @@ def trains(
     collate_fn=lambda batch: batch,
     optimizer=torch.optim.SGD,
     accountant="prv",
-    epoch=opacus._epoch,
+    epoch=opacus.EPOCH,
     tell=lambda engine, loader, noise_multiplier, epochs, delta: engine.get_epsilon(delta),
     **settings,
 ):
@@ -296,7 +294,7 @@ def trains(
 
 def in_small_pieces(model, optimizer, loader):
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=32, optimizer=optimizer) as pieces:
-        opacus._epoch(model, optimizer, pieces)
+        opacus.EPOCH(model, optimizer, pieces)
 
 
 def with_the_criterion(model, optimizer, loader, criterion):
@@ -307,7 +305,7 @@ def with_the_criterion(model, optimizer, loader, criterion):
 
 
 def with_another_criterion(model, optimizer, loader, criterion):
-    opacus._epoch(model, optimizer, loader)
+    opacus.EPOCH(model, optimizer, loader)
 
 
 def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
@@ -325,7 +323,8 @@ def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
 def each_epoch_makes_private_again(
     PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta
 ):
-    loader, optimizer = opacus._parts(model, data, batch_size)
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()
     for _ in range(epochs):
         model, optimizer, loader = engine.make_private(
@@ -335,7 +334,7 @@ def each_epoch_makes_private_again(
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
         )
-        opacus._epoch(model, optimizer, loader)
+        opacus.EPOCH(model, optimizer, loader)
         print(engine.get_epsilon(1e-5))
     return engine.get_epsilon(target_delta)
 
@@ -358,7 +357,7 @@ GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
         {"tell": by_hand},
         {"tell": functools.partial(by_hand, accountant="rdp")},
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_a_training_that_is_written_in_another_way_is_right(how):
     verdict = check("5.4", functools.partial(trains, **how))
@@ -388,7 +387,7 @@ def moves_the_weights_too(model, optimizer, loader):
 
 
 def first_batch_only(model, optimizer, loader):
-    opacus._epoch(model, optimizer, [next(iter(loader))])
+    opacus.EPOCH(model, optimizer, [next(iter(loader))])
 
 
 @pytest.mark.parametrize(
@@ -407,11 +406,11 @@ def first_batch_only(model, optimizer, loader):
         ({"tell": lambda *args: 1.0}, "other number"),
         ({"tell": lambda engine, *rest: round(engine.get_epsilon(rest[-1]), 1)}, "rounded"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
-def test_a_training_whose_epsilon_is_untrue_is_told_why(how, fault):
+def test_a_training_whose_epsilon_is_untrue_gets_the_reason(how, fault):
     verdict = check("5.4", functools.partial(trains, **how))
-    assert (verdict.passed, verdict.message) == (False, opacus._SENTENCES[fault])
+    assert (verdict.passed, verdict.message) == (False, opacus.FAULTS[fault].message)
 
 
 def test_a_training_that_returns_nothing_is_not_unattempted():

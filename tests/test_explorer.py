@@ -3,21 +3,34 @@
 import dataclasses
 import math
 import re
+import shutil
+import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from statistics import NormalDist
 
+import ipywidgets as widgets
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from dpteach import models, plots
+from dpteach.accounting import epsilon
 from dpteach.data import split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
-from dpteach.explorer.live import RANGES as ALL_RANGES
-from dpteach.explorer.live import read, show_digits, slider_for
+from dpteach.explorer.accessibility import accessible_box
+from dpteach.explorer.controls import Slider
+from dpteach.explorer.numbers import most_believed, odds, odds_in_words, points
 from dpteach.federated import Worker, train_rounds
 from dpteach.plots import Line, Panel
-from dpteach.training import Settings, train
+from dpteach.plots.items import array, thin
+from dpteach.plots.panel import tick_text, ticks
+from dpteach.training import Settings, begin, train
 
 QUICK = Settings(epochs=2, batch_size=100, lr=1.0)
 LONG = Settings(epochs=20_000, batch_size=100, lr=1.0)
@@ -72,7 +85,7 @@ def test_sixty_quick_changes_end_on_the_last_with_one_thread(explore):
         explorer.controls["noise_multiplier"].value = 1 + k / 10
         time.sleep(0.005)
         assert len(threads()) == 1
-    wait_for(lambda: explorer._run.settings.noise_multiplier == 6.9 and len(explorer.steps) > 3)
+    wait_for(lambda: explorer.run.settings.noise_multiplier == 6.9 and len(explorer.steps) > 3)
     assert len(threads()) == 1
     explorer.stop()
     wait_for(lambda: not threads(), 2)
@@ -104,9 +117,9 @@ def test_start_after_stop_begins_again(explore):
 def test_a_browsers_echo_of_a_value_does_not_train_again(explore, echo):
     explorer = explore()
     explorer.wait(30)
-    before = explorer._generation
+    before = explorer._thread.generation
     explorer.controls["max_grad_norm"].value = echo
-    assert explorer._generation == before
+    assert explorer._thread.generation == before
     assert explorer.settings.max_grad_norm == 1.0
 
 
@@ -118,8 +131,8 @@ def test_a_late_echo_from_the_page_does_not_take_the_turn_of_another_explorer(ex
     wait_for(lambda: second.steps)
     for name in ("max_grad_norm", "lr"):
         first.controls[name].value *= 1 + 1e-15
-    assert (first.status, first._price_line.value, first._generation) == (status, price, 2) and "(PRV" in price
-    assert second._generation == 1 and second._thread is not None
+    assert (first.status, first._price_line.value, first._thread.generation) == (status, price, 2) and "(PRV" in price
+    assert second._thread.generation == 1 and second.busy
 
 
 def test_after_a_stop_only_a_real_change_trains_again(explore):
@@ -128,9 +141,9 @@ def test_after_a_stop_only_a_real_change_trains_again(explore):
     explorer.stop()
     explorer.wait(10)
     explorer.controls["max_grad_norm"].value = 1.0000000000000002
-    assert explorer._thread is None and explorer.status.startswith("Stopped")
+    assert not explorer.busy and explorer.status.startswith("Stopped")
     explorer.controls["max_grad_norm"].value = 2.0
-    wait_for(lambda: explorer._run.settings.max_grad_norm == 2.0)
+    wait_for(lambda: explorer.run.settings.max_grad_norm == 2.0)
 
 
 ECHO = 1 + 3e-15  # a page's own rounding
@@ -156,36 +169,37 @@ ECHO = 1 + 3e-15  # a page's own rounding
     ],
 )
 def test_the_run_is_what_the_readout_says(name, value, seen):
-    slider = slider_for(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), ALL_RANGES[name])
+    slider = Slider(name, {"epochs": 10, "batch_size": 256, "prior": 0.7}.get(name, 1e-3), RANGES[name])
     for sent in (value, value * (1 if name == "epochs" else ECHO)):
-        slider.value = sent
-        run = read(slider)
-        show_digits(slider, run)
-        said = f"{run:{slider.readout_format}}".replace("e-0", "e-")
-        if slider.readout_format.endswith("g"):  # JavaScript keeps the zeros at the end
-            said = f"{run:#{slider.readout_format}}".rstrip(".")
-        assert said == seen and float(said) == run
+        slider.widget.value = sent
+        run = slider.value
+        slider.show_digits(run)
+        form = slider.widget.readout_format
+        readout = f"{run:{form}}".replace("e-0", "e-")
+        if form.endswith("g"):  # JavaScript keeps the zeros at the end
+            readout = f"{run:#{form}}".rstrip(".")
+        assert readout == seen and float(readout) == run
 
 
 def test_a_start_value_of_many_digits_runs_as_it_is(explore):
     explorer = explore(dataclasses.replace(QUICK, noise_multiplier=1.0683593750001, lr=1 / 3))
     explorer.controls["noise_multiplier"].value *= ECHO
     explorer.wait(30)
-    assert explorer._run.settings.noise_multiplier == 1.0683593750001 and explorer._run.settings.lr == 1 / 3
+    assert explorer.run.settings.noise_multiplier == 1.0683593750001 and explorer.run.settings.lr == 1 / 3
 
 
 def test_the_baseline_is_trained_once_for_all_noise_clipping_and_learning_rates(explore, monkeypatch):
-    import dpteach.explorer.training as room
+    import dpteach.explorer.explorer as room
 
     runs = []
-    monkeypatch.setattr(room, "train", lambda *a, **k: runs.append((k["method"], a[2].lr)) or train(*a, **k))
+    monkeypatch.setattr(room, "begin", lambda *a, **k: runs.append((k["method"], a[2].lr)) or begin(*a, **k))
     explorer = explore()
     explorer.wait(30)
     for name in ("noise_multiplier", "max_grad_norm", "lr"):
         explorer.controls[name].value = 2.0
         explorer.wait(30)
     assert sorted(runs) == [("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 2.0), ("sgd", 1.0)]
-    assert [s.step for s in explorer._run.baseline] == [s.step for s in explorer.steps]
+    assert [s.step for s in explorer.run.baseline.history] == [s.step for s in explorer.steps]
     assert explorer.summary().endswith("% at learning rate 1.") and "learning rate 2;" in explorer.summary()
 
 
@@ -193,7 +207,7 @@ def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
     explorer = explore(dataclasses.replace(QUICK, lr=0.01), optimizer="adam", baseline_lr=1.5)
     explorer.wait(30)
     plain = dataclasses.replace(QUICK, lr=1.5)
-    assert explorer._run.baseline == list(
+    assert explorer.run.baseline.history == list(
         train(models.mlp(), two_moons(400), plain, method="sgd", test_data=two_moons(400))
     )
     assert explorer.summary().endswith("% at learning rate 1.5.")
@@ -204,9 +218,13 @@ def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
 def test_the_curve_of_the_budget_ends_on_the_line_of_the_whole_run_and_never_above(explore):
     explorer = explore()
     explorer.wait(30)
-    assert explorer._run.exact < explorer._run.price
-    curve, line = explorer._panels()[1].items
-    assert max(curve.ys) == curve.ys[-1] == pytest.approx(line.y, rel=1e-9) and line.label == "whole run (RDP)"
+    assert explorer.run.exact["worker"] < explorer.run.bound["worker"]
+    panel = explorer._panels()[3]
+    _, path, curve = panel.items
+    bound = explorer.run.bound["worker"]
+    assert max(curve.ys) == curve.ys[-1] == pytest.approx(path.ys[-1], rel=1e-9) == bound
+    assert list(curve.ys) == list(path.ys)  # known before, and so it came
+    assert path.label == f"whole run {plots.short(bound)}" and "RDP" in panel.y_label  # one accountant in one picture
 
 
 def test_a_long_run_says_so_and_an_empty_batch_is_not_a_loss(explore):
@@ -246,8 +264,8 @@ def test_the_price_is_known_before_the_run_ends_and_gets_tighter_at_its_end(expl
     explorer.stop()
     quick = explore()
     quick.wait(30)
-    assert quick._run.exact < quick._run.price
-    assert f"ε = {quick._run.exact:.2f}" in quick._price_line.value
+    assert quick.run.exact["worker"] < quick.run.bound["worker"]
+    assert f"ε = {quick.run.exact['worker']:.2f}" in quick._price_line.value
 
 
 def test_a_model_that_fails_is_one_sentence_and_no_traceback(explore, capfd):
@@ -332,7 +350,7 @@ def test_every_slider_at_its_end_gives_a_finite_picture(explore, name, end):
     explorer.wait(30)
     assert explorer.status.startswith(("Finished", "Diverged")), explorer.status
     ElementTree.fromstring(explorer._picture.value)
-    assert "nan" not in explorer._picture.value
+    assert "nan" not in re.sub('base64,[^"]*', "", explorer._picture.value)
 
 
 def test_wait_says_when_it_took_too_long(explore):
@@ -358,8 +376,8 @@ def test_hundred_runs_leave_no_thread(explore):
     explorer = explore(Settings(epochs=1, batch_size=200), baseline=False)
     for k in range(100):
         explorer.controls["noise_multiplier"].value = 1 + (k % 50) / 10
-        explorer._changed.acquire()
-        explorer._changed.release()
+        explorer._thread.lock.acquire()
+        explorer._thread.lock.release()
     explorer.wait(60)
     assert not threads()
 
@@ -368,10 +386,10 @@ def test_the_live_picture_is_well_formed_and_speaks_its_figures(explore):
     explorer = explore()
     explorer.wait(30)
     pictures = list(ElementTree.fromstring(explorer._picture.value))
-    assert [picture.get("role") for picture in pictures] == ["img"] * 3
+    assert [picture.get("role") for picture in pictures] == ["img"] * 4
     titles = [picture.find("{http://www.w3.org/2000/svg}title").text for picture in pictures]
     assert titles == [picture.get("aria-label") for picture in pictures] == [panel.alt for panel in explorer._panels()]
-    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in titles[1]
+    assert f"at most {explorer.steps[-1].epsilon:.2f} after step 8 of 8" in titles[3]
 
 
 def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_step(explore):
@@ -383,7 +401,7 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     explorer.start()
     shown = explorer._picture.value
     for _ in range(5):
-        wait_for(lambda: explorer._picture.value != shown)
+        wait_for(lambda shown=shown: explorer._picture.value != shown)
         shown = explorer._picture.value
     explorer.stop()
     explorer.wait(10)
@@ -392,12 +410,19 @@ def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_s
     assert [words.split()[0] for words in heard] == ["Training:", "Stopped", "Training:", "Finished:"]
 
 
+def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
+    folder, declared = files("dpteach.explorer"), Path(__file__).parent.with_name("pyproject.toml").read_text("utf8")
+    page_part = accessible_box([]).children[-1].value
+    style, script = (folder.joinpath(f"page.{kind}").read_text("utf8") for kind in ("css", "js"))
+    assert style in page_part and re.search('onerror="([^"]*)"', page_part)[1] == escape(script) != ""
+    assert '"explorer/*.js", "explorer/*.css"' in declared  # so that an installed package has them
+    if node := shutil.which("node"):
+        subprocess.run([node, "--check", folder / "page.js"], check=True)
+
+
 def test_the_folded_sliders_unfold_by_a_button(explore):
-    button, inside = next(
-        row
-        for row in explore()._box.children
-        if len(getattr(row, "children", ())) == 2 and hasattr(row.children[0], "children")
-    ).children
+    controls = explore().widget.children[0].children[0]
+    button, inside = next(row for row in controls.children if isinstance(row, widgets.VBox)).children
     assert inside.layout.display == "none"
     button.children[0].value = True
     assert inside.layout.display == "flex"
@@ -410,7 +435,8 @@ def test_the_still_is_a_png_with_the_sentence_as_its_text(explore):
     explorer.wait(30)
     still = explorer.still()
     assert repr(still) == plots.alt_text(explorer._panels())
-    assert still._repr_png_().startswith(b"\x89PNG")
+    png, size = still._repr_png_()
+    assert png.startswith(b"\x89PNG") and size["width"] == 840 and size["height"] > 540  # with the summary below
 
 
 def test_both_painters_draw_every_kind_of_item():
@@ -427,20 +453,177 @@ def test_both_painters_draw_every_kind_of_item():
             plots.Bars([1, 2, 3], [5, 1], "non-private", "bars"),
             plots.Mark("budget", "upright", x=2.0),
             plots.Mark("budget", y=3.0),
+            plots.Field([1, 3, 5], [1, 50], np.array([[0, 0.5, 1], [1, math.nan, 0]])),
+            plots.Zones([1, 10, 100], ["low", "high"], ["budget", ""]),
+            plots.Points([2, 3], [30, 40], "private", names=("P", "Q")),
         ],
         "Everything.",
         y_log=True,
     )
     for panels in ([panel], [panel, panel]):
         picture = ElementTree.fromstring(plots.svg(panels))
-        assert len(picture.findall(".//{http://www.w3.org/2000/svg}polyline")) == 2 * len(
-            panels
-        )  # a gap makes two pieces
-        assert plots.still(panels)._repr_png_()
+        found = {kind: picture.findall(f".//{{http://www.w3.org/2000/svg}}{kind}") for kind in ("polyline", "image")}
+        lines = [line for line in found["polyline"] if line.get("stroke") == plots.COLOURS["private"]]
+        assert len(lines) == 3 * len(panels) and len(found["image"]) == len(panels)  # a gap makes two; one in the key
+        figure = plots.still(panels, "In words.")
+        words = [text.get_text() for text in figure.axes[0].texts]
+        assert figure._repr_png_() and [words.count(w) for w in ("high", "Q", "crosses")] == [len(panels)] * 3
+        assert words[-1] == "In words."
+
+
+def texts(panel) -> dict[str, tuple[float, float]]:
+    """Where each text of a panel stands."""
+    found = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)"[^>]*>([^<]*)</text>', plots.svg([panel]))
+    return {words: (float(x), float(y)) for x, y, words in found}
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_never_touch():
+    ends = {"a": 0.5, "b": 0.501, "c": 0.0, "d": 7.0, "e": 0.49}
+    roles = ("private", "budget", "attacker", "data", "non-private")
+    lines = [Line([0, 1], [0.2, y], role, name) for (name, y), role in zip(ends.items(), roles)]
+    placed = texts(Panel("t", "x", "y", lines, "alt", y_range=(0, 1)))
+    assert sorted(ends, key=lambda name: placed[name][1]) == ["d", "b", "a", "e", "c"]
+    heights = sorted(placed[name][1] for name in [*ends, "▲ 7"])  # what lies above the frame says where
+    assert min(np.diff(heights)) >= 11.9 and heights[0] >= 26 and heights[-1] < 270 - 20
+
+
+def test_axes_of_epsilon_loss_and_accuracy_are_the_same_for_every_run(explore):
+    ranges = set()
+    for sigma, lr in ((1.0, 1.0), (0.1, 10.0)):
+        explorer = explore(dataclasses.replace(QUICK, noise_multiplier=sigma, lr=lr))
+        explorer.wait(30)
+        ranges.add(tuple(panel.ranges() for panel in explorer._panels()))
+    assert len(ranges) == 1 and ranges.pop()[2][1] == (0, 2 * math.log(2))
+
+
+@pytest.mark.parametrize("sigma, steps", [(10.0, 1), (3.73, 1), (1.3, 1), (2.0, 10), (0.6, 1)])
+def test_the_odds_bound_the_best_attacker_and_are_near_what_it_reaches(sigma, steps):
+    """With all records in every step the best attacker is known: a Gaussian of μ = √steps / σ."""
+    best = NormalDist().cdf(math.sqrt(steps) / sigma / 2)
+    assert best <= most_believed(noise_multiplier=sigma, sample_rate=1.0, steps=steps) <= best + 0.11
+
+
+@pytest.mark.parametrize("sigma, q, steps", [(1.0, 1 / 8, 240), (4.0, 1 / 8, 240), (1.0, 1 / 79, 790)])
+def test_the_odds_of_sampled_steps_bound_a_tighter_accountants_and_beat_one_pair(sigma, q, steps):
+    run = {"noise_multiplier": sigma, "sample_rate": q, "steps": steps}
+    tight = min(
+        (math.exp(e) + d) / (1 + math.exp(e))
+        for d in (0.05, 0.2, 0.4)
+        for e in [epsilon(**run, target_delta=d, accountant="pld")]
+    )
+    of_one_pair = 1 / (1 + math.exp(-epsilon(**run)))
+    assert tight - 0.01 <= most_believed(**run) <= of_one_pair
+
+
+def test_without_noise_an_attacker_knows_and_the_odds_round_against_us():
+    assert most_believed(noise_multiplier=0, sample_rate=0.1, steps=9) == 1
+    assert (odds(1.0), odds(0.5), odds(0.5501)) == ((100, 0), (50, 50), (56, 44))
+    assert "at most 56 of 100 possible models" in odds_in_words(0.5501) and odds_in_words(0.5501).endswith("don't, 44.")
+
+
+def test_the_big_numbers_are_the_runs_and_say_what_they_were(explore):
+    explorer = explore(test_data=two_moons(200, seed=1))
+    explorer.wait(30)
+    first = explorer.run
+    explorer.controls["noise_multiplier"].value = 0.1
+    explorer.wait(30)
+    shown = re.findall(r"<b>([^<]*)</b><p>([^<]*) <i>Before: ([^<]*)\.</i>", explorer._numbers.value)
+    run, without = explorer.run, explorer.run.baseline.accuracy
+    assert [number for number, _, _ in shown] == [f"{run.accuracy:.0%}", plots.short(run.exact["worker"]), "100 of 100"]
+    assert f"without privacy ({without:.0%})" in shown[0][1] and shown[1][1].startswith("Practically no guarantee")
+    assert [before for _, _, before in shown] == [
+        f"{first.accuracy:.0%}",
+        plots.short(first.exact["worker"]),
+        str(odds(first.most_believed)[0]),
+    ]
+    assert "point" in points(0.02) and points(-0.01) == "1 point less" and points(0.001) == "as much"
+
+
+def test_every_finished_run_is_a_numbered_dot_and_a_stopped_one_is_not(explore):
+    explorer = explore()
+    explorer.wait(30)
+    for sigma in (0.1, 10.0, 1.0):  # the last one is the first one again
+        explorer.controls["noise_multiplier"].value = sigma
+        explorer.wait(30)
+    explorer.controls["epochs"].value = 100
+    wait_for(lambda: explorer.run.steps == 400 and len(explorer.steps) > 3)
+    explorer.stop()
+    explorer.wait(10)
+    assert [(k.number, k.settings.noise_multiplier) for k in explorer.kept] == [(1, 1.0), (2, 0.1), (3, 10.0)]
+    dots = next(item for item in explorer._panels()[0].items if isinstance(item, plots.Points) and item.names)
+    assert dots.names == ["1", "2", "3"] and list(dots.ys) == [k.accuracy for k in explorer.kept]
+    assert max(dots.xs) / min(dots.xs) > 1000  # σ from 0.1 to 10, by eye
+    best = next(item for item in explorer._panels()[0].items if isinstance(item, Line))
+    assert list(best.ys) == sorted(best.ys) and best.ys[-1] == max(dots.ys)
+    ghosts = [item for item in explorer._panels()[2].items if isinstance(item, Line) and item.ghost]
+    assert len(ghosts) == 3
+
+
+def test_a_choice_brings_the_settings_of_a_run_back_and_presets_are_offered(explore):
+    explorer = explore()
+    explorer.wait(30)
+    first = explorer.steps
+    explorer.controls["noise_multiplier"].value = 5.0
+    explorer.controls["batch_size"].value = 50
+    explorer.wait(30)
+    choices = [name for name, _ in explorer._back.options]
+    assert choices[1].startswith("run 2: ε ≤") and choices[2].startswith("run 1: ε ≤") and "too private" in choices
+    explorer._back.value = 2
+    explorer.wait(30)
+    assert explorer.steps == first and len(explorer.kept) == 2
+    explorer._back.value = choices.index("C too small")
+    explorer.wait(30)
+    assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.01)
+
+
+def test_a_moved_slider_is_answered_before_any_training(explore, monkeypatch):
+    explorer = explore()
+    explorer.wait(30)
+    monkeypatch.setattr(Explorer, "_drain", lambda *_: None)  # no training from here on
+    drawn = []
+    explorer._picture.observe(lambda change: drawn.append(time.perf_counter()), "value")
+    began = time.perf_counter()
+    for k in range(40):
+        explorer.controls["noise_multiplier"].value = 0.1 * 10 ** (k / 20)
+        time.sleep(0.05)
+    explorer.wait(10)
+    took = time.perf_counter() - began
+    print(f"\n{len(drawn) / took:.1f} pictures a second, the first after {1000 * (drawn[0] - began):.0f} ms")
+    assert 5 * took <= len(drawn) <= 10.5 * took + 1  # ten a second, and not more
+    sigma = explorer.settings.noise_multiplier
+    assert f"σ = {sigma:.3g}," in explorer._picture.value and "after step 0 of 8" in explorer._picture.value
+    plan = explorer._new_run(explorer.values)
+    assert f"<b>≤ {plots.short(plan.bound['worker'])}</b>" in explorer._numbers.value
+    assert (
+        f"{odds(plan.most_believed)[0]} of 100" in explorer._numbers.value and "<b>–</b>" not in explorer._numbers.value
+    )
+
+
+def test_the_field_is_what_the_model_believes_and_is_quick_to_draw(explore):
+    explorer = explore()
+    explorer.wait(30)
+    field = next(item for item in explorer._panels()[1].items if isinstance(item, plots.Field))
+    at = torch.tensor([[field.xs[3], field.ys[30]]], dtype=torch.float32)
+    assert field.values[30, 3] == pytest.approx(explorer.run.model(at).softmax(1)[0, 1].item(), abs=1e-6)
+    panels, took = explorer._panels(), []
+    for _ in range(20):
+        began = time.thread_time()
+        plots.svg(panels)
+        took.append(time.thread_time() - began)
+    print(f"\nfour panels with a field: {1000 * sorted(took)[10]:.1f} ms")
+    assert sorted(took)[10] < 0.01  # 2 ms on a quiet machine
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(7904.04, "7,900"), (14.08, "14.1"), (0.7163, "0.716"), (123456, "123,000"), (math.inf, "∞"), (0, "0")],
+)
+def test_a_big_number_has_three_digits_at_most(value, text):
+    assert plots.short(value) == text
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_last_point():
-    xs, ys = plots._thin(*map(plots._array, (range(10_000), range(10_000))))
+    xs, ys = thin(*map(array, (range(10_000), range(10_000))))
     assert len(xs) <= 152
     assert (xs[-1], ys[-1]) == (9999, 9999)
     assert all(a == b for a, b in zip(xs, ys))
@@ -517,7 +700,7 @@ def test_a_run_that_was_stopped_is_not_pinned(play):
     assert "Nothing to pin yet" in playground._try_to_pin()
     playground.explorer.stop()
     playground.wait(10)
-    playground.explorer._run.exact = 1.0  # the price of the whole run may be known long before its end
+    playground.explorer.run.exact = {"worker": 1.0}  # the price of the whole run may be known long before its end
     playground.pin()
     assert playground._note.value == "Nothing to pin: this run did not finish. Press Start to train again."
     assert playground.pinned == []
@@ -539,7 +722,8 @@ def test_the_picture_of_a_single_pin_has_ticks_on_both_axes(play):
     playground.pin()
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", playground._kept.value)
     assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in texts) >= 4
-    assert len(playground.still().axes[0].get_xticks()) >= 2
+    drawn = [text.get_text() for text in playground.still().axes[0].texts]
+    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in drawn) >= 4
 
 
 def test_the_pinned_runs_without_privacy_are_those_of_the_pins(play):
@@ -573,11 +757,11 @@ def test_a_menu_keeps_the_sliders_that_were_moved(play):
 def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_sliders_say(play):
     playground = play()
     playground.wait(30)
-    before = playground.explorer._run.baseline
+    before = playground.explorer.run.baseline.history
     playground.explorer.controls["lr"].value = 0.1
     playground.menus["optimizer"].value = "adam"
     playground.wait(30)
-    assert playground.explorer._run.settings.lr == 0.1 and playground.explorer._run.baseline == before
+    assert playground.explorer.run.settings.lr == 0.1 and playground.explorer.run.baseline.history == before
 
 
 @pytest.mark.parametrize(
@@ -595,16 +779,17 @@ def test_the_playgrounds_baseline_is_its_scenes_whatever_the_menu_and_the_slider
     ],
 )
 def test_a_tick_says_its_value(value, text):
-    assert plots._tick_text(value) == text and float(text) == value
+    assert tick_text(value) == text and float(text) == value
 
 
 @pytest.mark.parametrize("low, high", [(12.2, 16.2), (0.3, 0.4), (1.0, 1.02), (0.5, 5), (1e-8, 1e-2)])
 def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
-    ticks = plots._ticks(low, high, True, 5)
-    assert len(ticks) >= 2 and all(low <= tick <= high for tick in ticks)
-    assert len({plots._tick_text(tick) for tick in ticks}) == len(ticks)
+    values = ticks(low, high, True, 5)
+    assert len(values) >= 2 and all(low <= tick <= high for tick in values)
+    assert len({tick_text(tick) for tick in values}) == len(values)
 
 
+@pytest.mark.alone
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
     import dpteach.explorer.training as room
 
@@ -623,12 +808,12 @@ def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch)
     monkeypatch.setattr(room, "svg", timed(room.svg))
     for name in ("_panels_of", "_show"):
         monkeypatch.setattr(Explorer, name, timed(getattr(Explorer, name)))
-    monkeypatch.setattr(Explorer, "_work_on", timed(Explorer._work_on))
+    monkeypatch.setattr(Explorer, "_work", timed(Explorer._work))
     explorer = explore(Settings(epochs=500, batch_size=100, lr=1.0), baseline=False)
     explorer.wait(60)
     share = sum(drawing[:-1]) / drawing[-1]
     print(f"\ndrawing: {share:.1%} of the thread's time, {len(drawing) // 3} frames")
-    assert len(drawing) > 15 and share < 0.1  # 4 to 5 % on a quiet machine
+    assert len(drawing) > 15 and share < 0.15  # 5 % on a quiet machine, 12 % beside three busy processes
 
 
 @pytest.fixture
@@ -678,7 +863,7 @@ def test_every_control_of_the_federated_explorer_trains_again_with_its_value(fed
     explorer.wait(30)
     assert explorer.status.startswith("Finished") and explorer.values[name] == value
     assert explorer.rounds != before or name == "weights"
-    assert "nan" not in explorer._picture.value
+    assert "nan" not in re.sub('base64,[^"]*', "", explorer._picture.value)
 
 
 @pytest.mark.parametrize("count", [3, 10])
@@ -691,7 +876,7 @@ def test_the_federated_explorer_takes_a_third_and_a_tenth_worker(federate, count
 
 def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
     explorer = federate(rounds=20, settings=Settings(1.2, epochs=2000, batch_size=50, lr=1.0))
-    wait_for(lambda: explorer._run.turns > 20)
+    wait_for(lambda: explorer.run.steps_done > 20)
     explorer.stop()
     explorer.wait(2)
     assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loops import in_one_test
 from torch import nn
 
 from dpteach import models
@@ -152,6 +154,23 @@ def test_the_turns_hold_the_same_rounds_and_every_step_of_every_worker():
     assert turns == [(r, w, s) for r in (1, 2) for s in (1, 2, 3, 4) for w in ("alice", "bob")]
 
 
+def test_a_delta_of_one_over_n_is_warned_of_where_the_call_stands_and_not_by_the_steps_of_a_picture():
+    settings = dataclasses.replace(SETTINGS, target_delta=0.01)
+    sentence = "should be below 1/n = 0.005 for 200 records, got 0.01"
+    alice, bob = pair(settings)
+    with pytest.warns(UserWarning, match=sentence) as of_a_round:
+        list(alice.train_round(models.mlp()))
+    with pytest.warns(UserWarning, match=sentence) as of_rounds:
+        list(train_rounds([alice, bob], models.mlp(), 2))
+    assert [w.filename for w in (*of_a_round, *of_rounds)] == [__file__] * 3
+    plain = Worker("c", MOONS, settings, method="sgd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(train_steps([alice, bob], models.mlp(), 1))
+        list(train_rounds([plain], models.mlp(), 1))
+    assert alice.ledger.count == 4
+
+
 def test_the_model_becomes_the_weighted_average_of_the_workers():
     workers = pair(weights=[3, 1])
     start = models.mlp()
@@ -185,7 +204,7 @@ def test_the_average_keeps_a_counters_type():
     assert averaged["num_batches_tracked"] == 0 and averaged["num_batches_tracked"].dtype == torch.int64
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "call, sentence",
     [
         (lambda: federated_average([]), "models must hold at least one model, got none"),

@@ -29,6 +29,8 @@ if not installed():
     if os.environ.get("CI") and sys.version_info >= (3, 11):
         pytest.fail(MISSING, pytrace=False)
     pytest.skip(MISSING, allow_module_level=True)
+if os.name == "nt":
+    pytest.skip("a federation runs on Linux and macOS", allow_module_level=True)
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
@@ -51,6 +53,13 @@ RUN_CONFIG = {
 
 
 CENTRAL = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+
+
+def test_windows_is_told_at_once_that_no_federation_runs_there(monkeypatch):
+    monkeypatch.setattr("dpteach.flower.federation._WINDOWS", True)
+    for make in (lambda: Federation([Node("alice"), Node("bob")]), lambda: Simulation(2)):
+        with pytest.raises(RuntimeError, match="runs on Linux and macOS, got Windows: .* WSL"):
+            make()
 
 
 def owed(name, rounds):
@@ -315,8 +324,10 @@ def test_flower_draws_a_fixed_number_of_clients_and_counts_no_draw_at_all():
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """One federation, and what happens to it: two runs, one that is given too little time, a kill in mid-round, a restart and
-    a run, a damaged ledger, and the end. ``told``: what came of each; ``steps``: what alice's ledger held before it.
+    """One federation, and what happens to it.
+
+    Two runs, one that is given too little time, a kill in mid-round, a restart and a run, a damaged ledger, and the
+    end. ``told``: what came of each; ``steps``: what alice's ledger held before it.
     """
     folder, told, steps = tmp_path_factory.mktemp("ledgers"), {}, {}
 

@@ -9,7 +9,7 @@ import torch
 from dpteach import Explorer, FederatedExplorer, models
 from dpteach.attacks import margin_scores
 from dpteach.data import Data, split, two_moons
-from dpteach.explorer.live import diverged
+from dpteach.explorer.training import diverged
 from dpteach.federated import Worker, train_rounds
 from dpteach.mechanism import clip, clipped_sum, per_sample_gradients
 from dpteach.training import METHODS, OPTIMIZERS, Settings, train

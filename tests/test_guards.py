@@ -636,7 +636,7 @@ def test_opacus_does_not_sum_in_half_precision(dtype):
         run(linear().to(dtype), "opacus", data=data)
 
 
-def test_an_interrupted_opacus_run_leaves_no_record_on_the_layers():
+def test_an_interrupted_opacus_run_leaves_no_record_on_the_model():
     model = linear()
     steps = train(model, MOONS, SETTINGS, method="opacus")
     next(steps)
@@ -644,6 +644,7 @@ def test_an_interrupted_opacus_run_leaves_no_record_on_the_layers():
     assert any(vars(layer).get("activations") for layer in model.modules())
     steps.close()
     assert not any({"activations", "max_batch_len"} & vars(layer).keys() for layer in model.modules())
+    assert not any({"grad_sample", "summed_grad"} & vars(p).keys() for p in model.parameters())
 
 
 def test_an_empty_batch_does_not_end_an_opacus_run_of_a_model_that_cannot_run_on_nothing():

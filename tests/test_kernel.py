@@ -366,6 +366,7 @@ def test_run_all_while_an_explorer_is_still_training(kernel):
     cells[4].stop()
 
 
+@pytest.mark.alone
 def test_frames_go_on_while_another_cell_is_busy(kernel, cell):
     def frames_of_4_s(code):
         """Frames while ``code`` runs for 4 s, by the kernel's clock."""
@@ -377,10 +378,6 @@ def test_frames_go_on_while_another_cell_is_busy(kernel, cell):
     beside = frames_of_4_s("end = time.time() + 4\nwhile time.time() < end: sum(range(1000))")
     print(f"\nframes in 4 s: {alone}; beside a busy cell: {beside}")
     assert beside >= alone / 5 and beside >= 2
-    cell.stop()
-    kernel.until(
-        lambda: kernel.ask("import sys; print(sys.getswitchinterval())") == "0.005", "Python's own switch interval"
-    )
 
 
 def test_an_interrupt_ends_the_running_cell_and_not_the_training(kernel, cell):

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import in_one_test
 
 import dpteach
 from dpteach import accounting
 from dpteach.accounting import epsilon
-from dpteach.ledger import _HEAD, Charge, Ledger, _line, _parsed, _sealed
+from dpteach.ledger import _HEAD, Charge, Ledger, _Account, _line, _parsed, _sealed
 
 CHARGE = {"noise_multiplier": 1.2, "sample_rate": 1 / 235, "steps": 235}
 SMALL = {"noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 1}
@@ -125,7 +126,9 @@ def test_no_charge_of_many_processes_is_lost_and_no_two_have_one_number(path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_threads_that_share_an_object_lose_nothing_and_are_not_alarmed(path, in_memory):
+def test_threads_that_share_an_object_lose_nothing_and_are_not_alarmed(path, in_memory, monkeypatch):
+    charged = _Account.charged  # so slow that another thread has its turn within
+    monkeypatch.setattr(_Account, "charged", lambda *args: time.sleep(1e-3) or charged(*args))
     ledger = Ledger() if in_memory else Ledger(path, new=True)
     numbers, wrong = [], []
 
@@ -235,9 +238,12 @@ def test_another_ledger_in_its_place_is_an_error(tmp_path, ledger):
 
 def test_a_ledger_that_is_rolled_back_or_rewritten_is_an_error(ledger):
     old, name = ledger.path.read_bytes(), ledger.id
-    ledger.charge(**SMALL)
-    ledger.path.write_bytes(old)
-    refused(ledger, LOST.format("lacks charges"))
+    for charge in (CHARGE, SMALL):  # one that is counted in the last row, one with a row of its own
+        ledger.charge(**charge)
+        new = ledger.path.read_bytes()
+        ledger.path.write_bytes(old)
+        refused(ledger, LOST.format("lacks charges"))
+        ledger.path.write_bytes(new)
     rows = [[1.2, 1 / 235, 235, 1], [9.9, 0.1, 1, 3]]  # more charges, but not the ones that were seen
     ledger.path.write_bytes(_sealed(_HEAD + b",\n".join(map(_line, rows)), name))
     refused(ledger, LOST.format("lacks charges"))
@@ -299,7 +305,7 @@ def test_no_flipped_bit_and_no_truncation_is_taken(path, ledger):
             Ledger(path)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "row",
     [
         [1e-320, 0.1, 1, 1],
@@ -361,6 +367,48 @@ def test_a_new_ledger_never_takes_the_place_of_anything(refuses, tmp_path, ledge
 def test_of_many_processes_one_makes_the_ledger(path):
     told = in_processes("try: print(Ledger(sys.argv[1], new=True).id)\nexcept ValueError: pass", path, times=4)
     assert "".join(told).split() == [Ledger(path).id]
+
+
+# --- Windows, simulated: nobody has run it there --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["replace", "open"])
+def test_on_windows_a_file_that_somebody_reads_is_asked_for_again(ledger, monkeypatch, call):
+    real, refusals = getattr(os, call), [PermissionError("somebody reads it")] * 3
+
+    def busy(*args):
+        if refusals and ledger.path in args:
+            raise refusals.pop()
+        return real(*args)
+
+    monkeypatch.setattr(os, call, busy)
+    with pytest.raises(PermissionError):  # elsewhere it means that one may not
+        ledger.charge(**CHARGE)
+    monkeypatch.setattr("dpteach.ledger._WINDOWS", True)
+    assert ledger.charge(**CHARGE) == 1 and refusals == []
+    refusals += [PermissionError("it stays open")] * 10_000
+    with pytest.raises(PermissionError, match="it stays open"):
+        ledger.charge(**CHARGE)
+    monkeypatch.undo()
+    assert Ledger(ledger.path).count == 2 and not list(ledger.path.parent.glob("*.part"))
+
+
+def test_on_windows_a_link_or_a_folder_in_its_place_is_an_error(tmp_path, ledger, monkeypatch):
+    def no_right_to_a_folder(path, *args):
+        if os.path.isdir(path):
+            raise PermissionError("Permission denied")
+        return real(path, *args)
+
+    real = os.open
+    monkeypatch.setattr("dpteach.ledger._NO_LINKS", 0)  # Windows has no such flag
+    monkeypatch.setattr("dpteach.ledger._WINDOWS", True)
+    monkeypatch.setattr(os, "open", no_right_to_a_folder)
+    ledger.path.rename(tmp_path / "moved.json")
+    ledger.path.symlink_to(tmp_path / "moved.json")
+    refused(ledger, LOST.format("not a file any more"))
+    ledger.path.unlink()
+    ledger.path.mkdir()
+    refused(ledger, LOST.format("not a file any more"))
 
 
 # --- what others have planted, and disks that are full --------------------------------------------------------------
@@ -432,7 +480,8 @@ assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() 
 # --- what has no price is not written -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize("in_memory", [True, False])
+@in_one_test(
     "name, value",
     [
         ("noise_multiplier", -1.0),
@@ -451,8 +500,8 @@ assert time.monotonic() - began < 5 and ledger.count == 1 and file.read_bytes() 
         ("steps", float("nan")),
     ],
 )
-@pytest.mark.parametrize("in_memory", [True, False])
 def test_a_charge_without_a_price_is_refused_and_not_written(refuses, path, name, value, in_memory):
+    path.unlink(missing_ok=True)  # the last case's
     ledger = Ledger() if in_memory else Ledger(path, new=True)
     with refuses(name, value):
         ledger.charge(**{**CHARGE, name: value})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import in_one_test
 from scipy import stats
 from torch import nn
 from torch.nn.utils import prune
@@ -84,14 +85,14 @@ def test_clip_leaves_short_gradients_alone_and_shortens_the_others_to_c_without_
     assert torch.allclose(clipped.double(), wanted.nan_to_num(), rtol=SLACK, atol=SLACK * C)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@in_one_test("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_counts_as_zero_and_harms_no_other(bad):
     grads = torch.tensor([[3.0, 4.0], [bad, bad], [0.0, 0.5]])
     assert torch.equal(clip(grads, 1.0)[1], torch.zeros(2))
     assert torch.equal(clip(grads, 1.0)[[0, 2]], clip(grads[[0, 2]], 1.0))
 
 
-@pytest.mark.parametrize("size", [3e19, 1e30, 3e38])
+@in_one_test("size", [3e19, 1e30, 3e38])
 def test_a_gradient_that_is_huge_but_finite_is_clipped_and_not_dropped(size):
     for grads in (
         torch.full((1, 6), size),
@@ -102,9 +103,9 @@ def test_a_gradient_that_is_huge_but_finite_is_clipped_and_not_dropped(size):
             assert float(clip(grads, C).double().norm()) == pytest.approx(C, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("C", [1e-20, 1e-12, 1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("P", [1, 1000, 1_000_000])
+@in_one_test("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@in_one_test("C", [1e-20, 1e-12, 1e-6, 1.0, 1e4])
+@in_one_test("P", [1, 1000, 1_000_000])
 def test_no_row_is_longer_than_c_after_clipping_at_any_size_and_precision(P, C, dtype):
     generator = torch.Generator().manual_seed(P)
     for scale in (1e-6 if dtype == torch.float16 else 1e-22, 1.0, 6e4 if dtype == torch.float16 else 1e30):
@@ -116,7 +117,7 @@ def test_no_row_is_longer_than_c_after_clipping_25_million_numbers():
     assert float(clip(torch.rand(1, 25_000_000), 1.0).double().norm()) <= 1.0
 
 
-@pytest.mark.parametrize("shape", [(6,), (4, 3, 5), ()])
+@in_one_test("shape", [(6,), (4, 3, 5), ()])
 def test_clip_takes_one_flattened_gradient_a_row_only(shape):
     with pytest.raises(ValueError, match=r"per_sample_grads must have shape \(B, P\).*use flatten\(1\)"):
         clip(torch.ones(shape), 1.0)
@@ -327,7 +328,7 @@ def test_a_loss_that_couples_the_batch_is_still_taken_one_sample_at_a_time(name,
     assert torch.allclose(losses, torch.stack([LOSSES[loss](model(x[None]), t[None]) for x, t in zip(X, y)]), atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, *LOSSES.values()], ids=["mean", *LOSSES])
+@in_one_test("loss", [F.cross_entropy, *LOSSES.values()])
 @pytest.mark.parametrize(
     "name", ["mlp", "stride, padding, dilation", "custom module", "group norm", "linear at many places"]
 )
@@ -521,7 +522,7 @@ def test_at_sample_rate_one_everybody_takes_part():
 NOT_NUMBERS = [math.nan, True, "1", None]
 
 
-@pytest.mark.parametrize("value", [0, -1.0, *NOT_NUMBERS])
+@in_one_test("value", [0, -1.0, *NOT_NUMBERS])
 def test_clipping_norms_that_clip_nothing_or_everything_are_refused(refuses, value):
     model, X, y, _ = setup("mlp")
     for call in (
@@ -534,13 +535,13 @@ def test_clipping_norms_that_clip_nothing_or_everything_are_refused(refuses, val
             call()
 
 
-@pytest.mark.parametrize("value", [1e-21, 1e-300, 5e-324])
+@in_one_test("value", [1e-21, 1e-300, 5e-324])
 def test_clipping_norms_that_float32_cannot_hold_gradients_for_are_refused(refuses, value):
     with refuses("max_grad_norm", value):
         clip(torch.ones(2, 3), value)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.inf, *NOT_NUMBERS])
+@in_one_test("value", [-0.1, math.inf, *NOT_NUMBERS])
 def test_noise_multipliers_that_are_no_sigma_are_refused(refuses, value):
     with refuses("noise_multiplier", value):
         add_noise(torch.zeros(3), value, 1.0)
@@ -551,7 +552,7 @@ def test_noise_for_an_unbounded_gradient_is_refused():
         add_noise(torch.zeros(3), 1.0, math.inf)
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "name, value",
     [
         *(("n", v) for v in (0, -1, 1.5, math.inf, *NOT_NUMBERS)),

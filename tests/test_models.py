@@ -1,5 +1,6 @@
 import pytest
 import torch
+from loops import in_one_test
 from torch import nn
 
 from dpteach import models
@@ -60,7 +61,7 @@ def test_the_cnn_has_the_26010_parameters_of_opacus_example():
     assert sum(p.numel() for p in models.cnn().parameters()) == 26_010
 
 
-@pytest.mark.parametrize(
+@in_one_test(
     "call, name, value",
     [
         (lambda: models.mlp(inputs=0), "inputs", 0),

@@ -243,7 +243,7 @@ def source_tree(fn: Callable) -> ast.Module:
     return tree
 
 
-def made_of(tree: ast.Module, fn: Callable, **names) -> Callable:
+def function_of(tree: ast.Module, fn: Callable, **names) -> Callable:
     scope = {**fn.__globals__, **names}
     exec(compile(ast.fix_missing_locations(tree), f"<a mutant of {fn.__name__}>", "exec"), scope)
     return scope[fn.__name__]
@@ -290,13 +290,13 @@ def first_values(exercise: core.Exercise, tree: ast.Module) -> dict[int, object]
             kept = Replace(
                 index, lambda n, index=index: ast.Call(ast.Name("_keep", ast.Load()), [ast.Constant(index), n], [])
             )
-            core.examine(exercise, once(made_of(kept.visit(copy.deepcopy(tree)), exercise.reference, _keep=keep)))
+            core.examine(exercise, once(function_of(kept.visit(copy.deepcopy(tree)), exercise.reference, _keep=keep)))
     return seen
 
 
 def mutants(exercise: core.Exercise) -> dict[str, Callable]:
     """What was changed -> the changed answer."""
-    tree, made, sources = source_tree(exercise.reference), {}, set()
+    tree, found, sources = source_tree(exercise.reference), {}, set()
     first = first_values(exercise, tree)
 
     def add(index: int, new: ast.AST, label: str, _call=None) -> None:
@@ -305,9 +305,9 @@ def mutants(exercise: core.Exercise) -> dict[str, Callable]:
         if source in sources or source == ast.unparse(tree):
             return
         sources.add(source)
-        while label in made:  # the same change at another place
+        while label in found:  # the same change at another place
             label += " (again)"
-        made[label] = made_of(mutant, exercise.reference, _call=_call)
+        found[label] = function_of(mutant, exercise.reference, _call=_call)
 
     def call(*args) -> ast.Call:
         return ast.Call(ast.Name("_call", ast.Load()), list(args), [])
@@ -326,7 +326,7 @@ def mutants(exercise: core.Exercise) -> dict[str, Callable]:
                     f"return as {dtype}",
                     lambda value, dtype=dtype: cast(value, dtype),
                 )
-    return made
+    return found
 
 
 @pytest.mark.parametrize("exercise", CODING, ids=[e.id for e in CODING])
@@ -344,7 +344,7 @@ def test_no_mutant_of_the_reference_answer_passes(exercise, monkeypatch):
     )
     print("passed, and may not:", *sorted(set(passed) - set(equivalent)), sep="\n    ")
     assert len(tried) >= 12
-    assert sorted(passed) == sorted(equivalent)  # a listed one that does not pass, or is not made, is no exception
+    assert sorted(passed) == sorted(equivalent)  # a listed one that does not pass, or is not tried, is no exception
 
 
 def does(what_is_asked: Callable, mutant: Callable) -> bool:

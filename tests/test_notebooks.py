@@ -7,14 +7,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from scripts import script
 
-from dpteach import publish
 from dpteach.accounting import epsilon
 from dpteach.exercises import check, every, folded, solution
 from dpteach.training import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+publish = script("publish")
 SETUP = publish.set_up_cell(publish.address())
 MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\("
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loops import in_one_test
 
 import dpteach
 from dpteach.flower import installed
@@ -43,10 +44,9 @@ FLOORS = {
     "experiments": 5,
     "explorer": 5,
     "exercises": 5,
-    "publish": 5,
 }
 
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+every_file = in_one_test("path", FILES)
 
 
 def room_of(path):
@@ -113,13 +113,11 @@ def test_every_name_that_the_package_offers_is_there():
 
 NEEDS_FLOWER = ("dpteach.flower.client_app", "dpteach.flower.server_app")
 MODULES = [
-    m.name
-    for m in pkgutil.walk_packages([str(PACKAGE)], "dpteach.")
-    if not m.name.startswith("dpteach.explorer") and (installed() or m.name not in NEEDS_FLOWER)
+    m.name for m in pkgutil.walk_packages([str(PACKAGE)], "dpteach.") if installed() or m.name not in NEEDS_FLOWER
 ]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@in_one_test("name", MODULES)
 def test_the_examples_in_docstrings_are_true(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -168,3 +166,17 @@ def test_every_test_in_the_table_of_the_audit_exists():
             if not path.exists() or not re.search(here, path.read_text(encoding="utf-8"), re.MULTILINE):
                 missing.append(f"{file}::{name}")
     assert len(rows) > 60 and (unheld, missing) == ([], [])
+
+
+def test_a_loop_over_cases_names_each_one_that_fails():
+    @in_one_test("n, what", [(1, "one"), (2, "two"), (3, "three")])
+    def is_even(n, what):
+        if n == 3:
+            with pytest.raises(ValueError):
+                pass
+        assert n % 2 == 0, "odd"
+
+    with pytest.raises(
+        AssertionError, match=r"(?s)^2 of 3 cases:\n\(1, 'one'\): AssertionError: odd.*\n\(3, 'three'\): Failed"
+    ):
+        is_even()

@@ -22,7 +22,7 @@ LIVE = {
 }
 SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start", "Stop"]
 CONTROLS = {  # what Tab must reach, in this order
-    "Explorer": [*SLIDERS, "More: learning rate, batch size", *BUTTONS],
+    "Explorer": [*SLIDERS, "More: learning rate, batch size", "bring back", *BUTTONS],
     "Viewer": ["noise multiplier σ", "prior"],
     "FederatedExplorer": [
         "σ of alice",
@@ -41,6 +41,7 @@ CONTROLS = {  # what Tab must reach, in this order
         "learning rate",
         "batch size",
         "δ",
+        "bring back",
         *BUTTONS,
         "Pin this run",
         "Unpin all",
@@ -201,13 +202,14 @@ def test_the_folded_sliders_open_by_key_and_are_next_in_order(lab):
     for _ in range(5):
         lab.page.keyboard.press("Tab")
         names.append(lab.page.evaluate(FOCUSED)["name"])
-    assert names == ["learning rate", "learning rate, typed", "batch size", "batch size, typed", "Start"]
+    assert names == ["learning rate", "learning rate, typed", "batch size", "batch size, typed", "bring back"]
 
 
 @pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
 def test_the_words_for_a_screen_reader_follow_the_figures_without_chatter(lab):
-    """One place on the page is read out when it changes. It is there before its words are, and no other place looks like it:
-    the Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``.
+    """One place on the page is read out when it changes. It is there before its words are, and no other looks like it.
+
+    The Orca screen reader said nothing of a sentence that also stood in a place with ``aria-live="off"``.
     """
     read_out = lab.cell.locator(".dpteach").first.locator("[aria-live], [role=status], [role=alert], [role=log]")
     assert read_out.count() == 1 and read_out.get_attribute("aria-live") == "polite"
@@ -259,6 +261,27 @@ def test_nothing_sticks_out_and_nothing_is_cut_on_a_narrow_page(lab, width, heig
         lab.page.set_viewport_size({"width": 1300, "height": 1000})
 
 
+@pytest.mark.parametrize("kind", ["Explorer"], indirect=True)
+def test_everything_is_on_one_screen_and_on_a_narrow_one_the_pictures_come_first(lab):
+    boxes = """cell => ['.dpteach-controls', '.dpteach-numbers', 'svg[role=img]'].flatMap(what => [...cell.querySelectorAll(what)])
+               .map(e => e.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"""
+    if lab.page.locator(".jp-SideBar").first.is_visible():
+        lab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+    try:
+        lab.page.set_viewport_size({"width": 1400, "height": 900})
+        lab.page.wait_for_timeout(500)
+        controls, numbers, *pictures = lab.cell.evaluate(boxes)
+        assert max(p[3] for p in [controls, *pictures]) - numbers[1] < 760  # what Lab leaves of 900
+        assert controls[2] <= min(p[0] for p in [numbers, *pictures]) and 230 <= controls[2] - controls[0] <= 300
+        assert max(p[2] for p in pictures) > 1250  # to the right end
+        lab.page.set_viewport_size({"width": 700, "height": 900})
+        lab.page.wait_for_timeout(500)
+        controls, numbers, *pictures = lab.cell.evaluate(boxes)
+        assert numbers[1] < pictures[0][1] < max(p[3] for p in pictures) <= controls[1]
+    finally:
+        lab.page.set_viewport_size({"width": 1300, "height": 1000})
+
+
 # Every control: its kind, how thick the line around it is, and whether text and line stand out from what they are drawn
 # on.
 DRAWN = """cell => [...cell.querySelectorAll('.noUi-target, .noUi-handle, button, select')].filter(e => e.checkVisibility()).map(e => {
@@ -270,7 +293,7 @@ DRAWN = """cell => [...cell.querySelectorAll('.noUi-target, .noUi-handle, button
 
 
 def test_with_the_systems_own_high_contrast_colours_every_control_still_has_an_outline(lab):
-    picture = "cell => [...cell.querySelectorAll('svg polyline')].map(line => getComputedStyle(line).stroke)"
+    picture = "cell => [...cell.querySelectorAll('svg polyline:not([stroke=currentColor])')].map(line => getComputedStyle(line).stroke)"
     before = lab.cell.evaluate(picture)
     white, black = "rgb(255, 255, 255)", "rgb(0, 0, 0)"
     for scheme, paper, ink in (("light", white, black), ("dark", black, white)):

@@ -1,6 +1,6 @@
 """What one learner costs a shared machine: memory, the wait for the first moving frame, import time, processor at rest.
 
-``pytest -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine;
+``pytest -n 0 -s tests/test_thirty.py`` prints the figures. The bounds here are wide enough for a busy machine;
 notebooks/README.md has what was measured on a quiet one.
 """
 
@@ -14,6 +14,7 @@ import pytest
 from lab import chromium, lab_server, new_page
 from test_kernel import LONG, SMALL, goes_on, new_kernel
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -25,7 +25,7 @@ for name in ("alice", "bob"):
     ledger = Ledger(f"{folder.name}/{name}.json", new=True)
     for _ in range(3):
         ledger.charge(noise_multiplier=1.5, sample_rate=1 / 16, steps=16)
-viewer._request(force=True)
+viewer._thread.request(force=True)
 viewer.wait()
 """
 }
@@ -96,18 +96,18 @@ def test_a_drag_is_answered_by_a_new_frame(path, lab_folder, lab):
 
 
 COUNT_TRAININGS = """
-from dpteach.explorer.live import Trainer
-def begin(trainer, begin=Trainer._begin):
-    trainer.begun = getattr(trainer, "begun", 0) + 1
-    begin(trainer)
-Trainer._begin = begin
+from dpteach.explorer.training import LiveTraining
+def drain(self, run, job, drain=LiveTraining._drain):
+    self.begun = getattr(self, "begun", 0) + 1
+    drain(self, run, job)
+LiveTraining._drain = drain
 """
 # Of each live picture: its status, how often it trained, and what is not as it was when it opened.
 AS_IT_OPENED = """
 for live in (NAMES):
     explorer = getattr(live, "explorer", live)
     values = explorer.values
-    moved = [name for name, control in explorer.controls.items() if values[name] != getattr(control, "start", values[name])]
+    moved = [name for name, control in explorer._controls.items() if values[name] != getattr(control, "start", values[name])]
     moved += [name for name, menu in getattr(live, "menus", {}).items() if menu.index != 0]
     print(explorer.status.split(":")[0], "PRV" in explorer._price_line.value, explorer.begun, moved)
 """

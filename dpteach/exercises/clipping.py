@@ -1,4 +1,4 @@
-"""The exercises of notebook 02: clip each record's gradient, break what clips the mean, reason about who may change."""
+"""Notebook 02: clip each record's gradient, break what clips the mean, reason about who may change."""
 
 import math
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import dpteach
-from dpteach.exercises.core import Exercise, Verdict, Wrong, coding, value
+from dpteach.exercises.core import Complaint, Wrong, changed, coding, open_ended, value
 from dpteach.mechanism import clip
+
+# 2.1: clip each row
 
 
 def clip_rows(grads, max_grad_norm):
@@ -18,91 +20,13 @@ def clip_rows(grads, max_grad_norm):
     return grads * factors
 
 
-def _whole_matrix(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.norm()).clamp(max=1.0)
+def scaled(norm):
+    """An answer that clips by another norm."""
+    return lambda grads, C: grads * (C / norm(grads)).clamp(max=1.0)
 
 
-def _norm_of_the_sum(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.sum(0).norm()).clamp(max=1.0)
-
-
-def _norm_of_the_mean(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.mean(0).norm()).clamp(max=1.0)
-
-
-def _sum_of_the_rows(grads, max_grad_norm):
-    return clip_rows(grads, max_grad_norm).sum(0)
-
-
-def _mean_of_the_rows(grads, max_grad_norm):
-    return clip_rows(grads, max_grad_norm).mean(0)
-
-
-def _each_coordinate(grads, max_grad_norm):
-    return grads.clamp(-max_grad_norm, max_grad_norm)
-
-
-def _always_c(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.norm(dim=1, keepdim=True).clamp(min=1e-12))
-
-
-def _always_c_and_nan(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.norm(dim=1, keepdim=True))
-
-
-def _zero_over_zero(grads, max_grad_norm):
-    norms = grads.norm(dim=1, keepdim=True)
-    return grads / norms * norms.clamp(max=max_grad_norm)
-
-
-def _squared_norm(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.square().sum(1, keepdim=True)).clamp(max=1.0)
-
-
-def _inverted(grads, max_grad_norm):
-    return grads * (grads.norm(dim=1, keepdim=True) / max_grad_norm).clamp(max=1.0)
-
-
-def _multiplied(grads, max_grad_norm):
-    return grads * (grads.norm(dim=1, keepdim=True) / max_grad_norm).clamp(min=1.0)
-
-
-def _small_rows_grow(grads, max_grad_norm):
-    norms = grads.norm(dim=1, keepdim=True)
-    return grads * torch.where(norms > 0, max_grad_norm / norms, 1.0).clamp(min=1.0)
-
-
-def _only_the_direction(grads, max_grad_norm):
-    norms = grads.norm(dim=1, keepdim=True)
-    return torch.where(norms > max_grad_norm, grads / norms, grads)
-
-
-def _largest_row(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.norm(dim=1).max()).clamp(max=1.0)
-
-
-def _columns(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.norm(dim=0, keepdim=True)).clamp(max=1.0)
-
-
-def _l1(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.abs().sum(1, keepdim=True)).clamp(max=1.0)
-
-
-def _largest_coordinate(grads, max_grad_norm):
-    return grads * (max_grad_norm / grads.abs().amax(1, keepdim=True)).clamp(max=1.0)
-
-
-def _removed(grads, max_grad_norm):
-    return torch.where(grads.norm(dim=1, keepdim=True) <= max_grad_norm, grads, 0.0)
-
-
-def _share_of_c(grads, max_grad_norm):
-    return clip_rows(grads, max_grad_norm / len(grads))
-
-
-def _unchanged(grads, max_grad_norm):
-    return grads.clone()
+def _norms(grads):
+    return grads.norm(dim=1, keepdim=True)
 
 
 def _some_gradients(B: int, P: int, seed: int) -> Tensor:
@@ -111,13 +35,12 @@ def _some_gradients(B: int, P: int, seed: int) -> Tensor:
     return sizes * torch.randn(B, P, generator=generator) / math.sqrt(P)
 
 
-_CLIP_ROWS = coding(
+exercise_2_1 = coding(
     "2.1",
     hint="`grads.norm(dim=1, keepdim=True)` has shape (B, 1), so it can be multiplied row by row. The factor is C / "
-    "norm, but never more than 1: `tensor.clamp(max=1.0)`. What is C / 0 in PyTorch, and what does `clamp` make "
-    "of it?",
+    "norm, but never more than 1: `tensor.clamp(max=1.0)`. What is C / 0 in PyTorch, and what does `clamp` make of it?",
     reference=clip_rows,
-    inputs=(
+    inputs=[
         lambda: (torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [-6.0, 8.0]]), 1.0),
         lambda: (_some_gradients(6, 5, seed=0), 2.0),
         lambda: (_some_gradients(4, 30, seed=1), 0.5),
@@ -125,114 +48,118 @@ _CLIP_ROWS = coding(
         lambda: (torch.tensor([[3.0], [-0.5], [0.0]]), 1.5),
         lambda: (torch.tensor([[0.03, 0.0], [1e9, 1e9], [0.0, 0.08]]), 0.05),
         lambda: (_some_gradients(5, 5, seed=4).double(), 3.0),
-    ),
-    wrong=(
+    ],
+    wrong=[
         Wrong(
-            _whole_matrix,
-            "you clipped the batch as a whole, by the norm of the whole matrix: one factor for every row. One "
-            "record with a huge gradient then shrinks everybody else's, so it changes the sum by more than its own "
-            "row. Take one norm per row.",
+            scaled(lambda grads: grads.norm()),
+            "you clipped the batch as a whole, by the norm of the whole matrix: one factor for every row. One record "
+            "with a huge gradient then shrinks everybody else's, so it changes the sum by more than its own row. Take "
+            "one norm per row.",
         ),
         Wrong(
-            _norm_of_the_sum,
+            scaled(lambda grads: grads.sum(0).norm()),
             "you took one factor, from the norm of the *sum* of the rows. The sum is then at most C, but one record "
             "decides which way it points, and with it what is left of all the others. Take one norm per row, before "
             "you add.",
         ),
         Wrong(
-            _norm_of_the_mean,
-            "you clipped by the norm of the *mean* gradient: one outlier still turns the mean as it likes, and a "
-            "row may stay far above C. Each record needs a factor of its own.",
+            scaled(lambda grads: grads.mean(0).norm()),
+            "you clipped by the norm of the *mean* gradient: one outlier still turns the mean as it likes, and a row "
+            "may stay far above C. Each record needs a factor of its own.",
         ),
         Wrong(
-            _sum_of_the_rows,
-            "the rows are clipped rightly, but you returned their sum. This function returns all rows, (B, P); the "
-            "sum is the next move.",
+            lambda grads, C: clip_rows(grads, C).sum(0),
+            "the rows are clipped rightly, but you returned their sum. This function returns all rows, (B, P); the sum "
+            "is the next move.",
         ),
         Wrong(
-            _mean_of_the_rows,
+            lambda grads, C: clip_rows(grads, C).mean(0),
             "the rows are clipped rightly, but you returned their mean. This function returns all rows, (B, P). In "
             "DP-SGD the sum gets its noise first; the division comes last.",
         ),
         Wrong(
-            _each_coordinate,
-            "you clipped each coordinate between -C and C. A row of P coordinates can still have a norm of C·√P, "
-            "and the row's direction changes. Scale the row as a whole.",
+            lambda grads, C: grads.clamp(-C, C),
+            "you clipped each coordinate between -C and C. A row of P coordinates can still have a norm of C·√P, and "
+            "the row's direction changes. Scale the row as a whole.",
         ),
         Wrong(
-            _always_c,
-            "you scaled every row to norm C, also the rows that were shorter. The bound holds (the method has a "
-            "name: automatic clipping), but a record that the model knows well now pulls as hard as one that it "
-            "gets wrong. Clipping leaves a row within C as it is.",
+            lambda grads, C: grads * C / _norms(grads).clamp(min=1e-12),
+            "you scaled every row to norm C, also the rows that were shorter. The bound holds (the method has a name: "
+            "automatic clipping), but a record that the model knows well now pulls as hard as one that it gets wrong. "
+            "Clipping leaves a row within C as it is.",
         ),
         Wrong(
-            _always_c_and_nan,
-            "you scaled every row to norm C. A row of zeros became NaN (inf · 0), and one NaN row makes the whole "
-            "sum NaN; and rows shorter than C grew. Let the factor be at most 1.",
+            lambda grads, C: grads * (C / _norms(grads)),
+            "you scaled every row to norm C. A row of zeros became NaN (inf · 0), and one NaN row makes the whole sum "
+            "NaN; and rows shorter than C grew. Let the factor be at most 1.",
         ),
         Wrong(
-            _zero_over_zero,
-            "almost: a row of zeros became NaN, because you divide it by its norm, 0 / 0. One NaN row makes the "
-            "whole sum NaN. Compute the factor first and limit it to 1.",
+            lambda grads, C: grads / _norms(grads) * _norms(grads).clamp(max=C),
+            "almost: a row of zeros became NaN, because you divide it by its norm, 0 / 0. One NaN row makes the whole "
+            "sum NaN. Compute the factor first and limit it to 1.",
         ),
         Wrong(
-            _squared_norm,
-            "you divided by the *squared* norm: the square root is missing. A row of norm 10 at C = 1 comes out "
-            "with norm 0.1 instead of 1.",
+            scaled(lambda grads: _norms(grads) ** 2),
+            "you divided by the *squared* norm: the square root is missing. A row of norm 10 at C = 1 comes out with "
+            "norm 0.1 instead of 1.",
         ),
         Wrong(
-            _inverted,
+            lambda grads, C: grads * (_norms(grads) / C).clamp(max=1.0),
             "your factor is norm / C: upside down. It leaves the long rows as they are, and makes the short ones "
             "shorter. The factor is C / norm.",
         ),
         Wrong(
-            _multiplied,
-            "you multiply by max(1, norm / C): long rows become longer. The paper *divides* by it: g / max(1, norm "
-            "/ C).",
+            lambda grads, C: grads * (_norms(grads) / C).clamp(min=1.0),
+            "you multiply by max(1, norm / C): long rows become longer. The paper *divides* by it: g / max(1, norm / "
+            "C).",
         ),
         Wrong(
-            _small_rows_grow,
-            "you limit the factor from below (min=1) and not from above (max=1): short rows grow to C, and long "
-            "rows stay long.",
+            lambda grads, C: grads * (C / _norms(grads).clamp(min=1e-12)).clamp(min=1.0),
+            "you limit the factor from below (min=1) and not from above (max=1): short rows grow to C, and long rows "
+            "stay long.",
         ),
-        Wrong(_only_the_direction, "your long rows come out with norm 1, whatever C is: multiply the direction by C."),
         Wrong(
-            _largest_row,
+            lambda grads, C: torch.where(_norms(grads) > C, grads / _norms(grads), grads),
+            "your long rows come out with norm 1, whatever C is: multiply the direction by C.",
+        ),
+        Wrong(
+            scaled(lambda grads: _norms(grads).max()),
             "you divided every row by the largest norm in the batch. The bound holds, but the factor of one record "
             "depends on another: adding one long row changes the whole sum, by more than C. Each row's factor comes "
             "from that row alone.",
         ),
         Wrong(
-            _columns,
-            "you took the norm down the columns (dim=0): that is one norm per parameter, over all records. A record "
-            "is a row: dim=1.",
+            scaled(lambda grads: grads.norm(dim=0, keepdim=True)),
+            "you took the norm down the columns (dim=0): that is one norm per parameter, over all records. A record is "
+            "a row: dim=1.",
         ),
         Wrong(
-            _l1,
+            scaled(lambda grads: grads.abs().sum(1, keepdim=True)),
             "you used the L1 norm, the sum of absolute values. The noise of DP-SGD is made for the L2 norm: square, "
             "add, take the root. L1 is larger, so you clip more than is needed.",
         ),
         Wrong(
-            _largest_coordinate,
-            "you used the largest coordinate as the norm. A row of many middle-sized coordinates then stays far "
-            "above C in L2 norm, and the noise does not cover it.",
+            scaled(lambda grads: grads.abs().amax(1, keepdim=True)),
+            "you used the largest coordinate as the norm. A row of many middle-sized coordinates then stays far above "
+            "C in L2 norm, and the noise does not cover it.",
         ),
         Wrong(
-            _removed,
+            lambda grads, C: torch.where(_norms(grads) <= C, grads, 0.0),
             "you removed the rows above C. The bound holds, but the records that the model gets wrong are the ones "
             "with long gradients: they would teach nothing. Shorten them.",
         ),
         Wrong(
-            _share_of_c,
-            "you clipped each row to C / B. C is the bound for one record, not for the batch: B records may add up "
-            "to B·C.",
+            changed(clip_rows, max_grad_norm=lambda run: run.max_grad_norm / len(run.grads)),
+            "you clipped each row to C / B. C is the bound for one record, not for the batch: B records may add up to "
+            "B·C.",
         ),
-        Wrong(_unchanged, "nothing was clipped: the rows came back as they were."),
-    ),
+        Wrong(lambda grads, C: grads.clone(), "nothing was clipped: the rows came back as they were."),
+    ],
     praise="each row is at most C long, keeps its direction, and its factor comes from that row alone. Rows within C, "
     "and rows of zeros, are as they were.",
 )
 
+# 2.2: break what clips the mean
 
 #: The gradients of the eight records in exercise 2.2.
 EIGHT = torch.tensor(
@@ -251,81 +178,80 @@ def _moved_by(row: Tensor) -> float:
     return (after - before).norm().item()
 
 
-def _examine_ninth(given: Any) -> Verdict:
+def _ninth(given: Any) -> tuple[str, dict[str, float]]:
     try:
         row = torch.as_tensor(given).detach()
         if row.is_complex():
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
-        return Verdict(False, f"the answer must be a tensor of two numbers, got a {type(given).__name__}.")
+        raise Complaint(f"the answer must be a tensor of two numbers, got a {type(given).__name__}.") from None
     if row.shape != (2,):
-        return Verdict(False, f"the answer must be a tensor of two numbers, shape (2,), got shape {tuple(row.shape)}.")
+        raise Complaint(f"the answer must be a tensor of two numbers, shape (2,), got shape {tuple(row.shape)}.")
     row = row.float()
     if not row.isfinite().all():
-        return Verdict(False, "use finite numbers: they are enough. (What a NaN does is one of the sharp edges below.)")
+        raise Complaint("use finite numbers: they are enough. (What a NaN does is one of the sharp edges below.)")
     moved, norm = _moved_by(row), row.norm().item()
     if moved > 2.001:  # more than 2C, and not by rounding
-        return Verdict(True, _BROKEN.format(moved=moved))
-    if norm == 0:
-        reason = _ADDS_NOTHING
+        kind = "right"
+    elif norm == 0:
+        kind = "adds nothing"
     elif norm <= 2:
-        reason = _TOO_SHORT
+        kind = "too short"
     elif _moved_by(row / norm * 1e4) <= 2.001:  # however long
-        reason = _SAME_WAY
+        kind = "same way"
     else:
-        reason = _TOO_WEAK
-    return Verdict(False, reason.format(moved=moved, norm=norm))
+        kind = "too weak"
+    return kind, {"moved": moved, "norm": norm}
 
 
-_BROKEN = (
-    "your record moved the result by {moved:.1f}·C. Had each row been clipped, it could not have moved it by more than "
-    "C. Noise that is made for C does not hide such a record."
-)
-_ADDS_NOTHING = "the result moved by {moved:.2f}·C: a row of zeros adds nothing to the sum."
-_TOO_SHORT = (
-    "the result moved by {moved:.2f}·C, which is not more than 2·C. Clipping never moves two points further apart, so "
-    "a row of norm {norm:.2g} moves the result by {norm:.2g} at most. Nothing limits your row: make it longer."
-)
-_SAME_WAY = (
-    "the result moved by {moved:.2f}·C, which is not more than 2·C. Your row points nearly where the mean points "
-    "already. "
-    "The mean had norm 1.5 and was cut to 1: a longer one is cut to the same 1. Choose another direction."
-)
-_TOO_WEAK = (
-    "the result moved by {moved:.2f}·C, which is not more than 2·C. The direction will do, but the eight other "
-    "records hold against it: the mean still points nearly where it did. Make the row longer."
-)
-
-_BREAK_THE_MEAN = Exercise(
+exercise_2_2 = open_ended(
     "2.2",
     hint="The sum of the eight rows is (12, 0). What must you add so that the mean points the other way, and is still "
     "long enough to be clipped?",
     reference=torch.tensor([-24.0, 0.0]),
-    examine=_examine_ninth,
-    wrong=(
-        Wrong(torch.tensor([0.0, 0.0]), _ADDS_NOTHING.format(moved=0)),
-        Wrong(torch.tensor([-1.0, 0.0]), _TOO_SHORT.format(moved=0, norm=1)),
-        Wrong(torch.tensor([100.0, 0.0]), _SAME_WAY.format(moved=0)),
-        Wrong(torch.tensor([-3.0, 0.0]), _TOO_WEAK.format(moved=0)),
-    ),
-    solution="```python\nanswer_2_2 = torch.tensor([-24.0, 0.0])\n```\n\n"
-    "The sum was (12, 0) and is now (-12, 0). The mean was cut to (1, 0) and is now cut to (-1, 0). Scaled "
-    "back to a sum, that is from (8, 0) to (-8, 0): a move of 16·C, made by one record. With B records it "
-    "would be 2·B·C. Many other rows work too, for example (0, 12).",
+    describe=_ninth,
+    wrong={
+        "adds nothing": Wrong(
+            torch.tensor([0.0, 0.0]), "the result moved by {moved:.2f}·C: a row of zeros adds nothing to the sum."
+        ),
+        "too short": Wrong(
+            torch.tensor([-1.0, 0.0]),
+            "the result moved by {moved:.2f}·C, which is not more than 2·C. Clipping never moves two points further "
+            "apart, so a row of norm {norm:.2g} moves the result by {norm:.2g} at most. Nothing limits your row: make "
+            "it longer.",
+        ),
+        "same way": Wrong(
+            torch.tensor([100.0, 0.0]),
+            "the result moved by {moved:.2f}·C, which is not more than 2·C. Your row points nearly where the mean "
+            "points already. The mean had norm 1.5 and was cut to 1: a longer one is cut to the same 1. Choose another "
+            "direction.",
+        ),
+        "too weak": Wrong(
+            torch.tensor([-3.0, 0.0]),
+            "the result moved by {moved:.2f}·C, which is not more than 2·C. The direction will do, but the eight other "
+            "records hold against it: the mean still points nearly where it did. Make the row longer.",
+        ),
+    },
+    praise="your record moved the result by {moved:.1f}·C. Had each row been clipped, it could not have moved it by "
+    "more than C. Noise that is made for C does not hide such a record.",
+    solution="```python\nanswer_2_2 = torch.tensor([-24.0, 0.0])\n```\n\nThe sum was (12, 0) and is now (-12, 0). The "
+    "mean was cut to (1, 0) and is now cut to (-1, 0). Scaled back to a sum, that is from (8, 0) to (-8, 0): a move of "
+    "16·C, made by one record. With B records it would be 2·B·C. Many other rows work too, for example (0, 12).",
 )
 
+# 2.3: one record is replaced
 
-_REPLACE_ONE = value(
+exercise_2_3 = value(
     "2.3",
-    hint="The old record leaves, a new one comes. How far does each of the two move the sum, at most? In which case "
-    "do both moves go in the same direction?",
+    hint="The old record leaves, a new one comes. How far does each of the two move the sum, at most? In which case do "
+    "both moves go in the same direction?",
     answer=1.0,
     rtol=0.001,
-    wrong=(
+    wrong=[
         Wrong(
             0.5,
-            "that is C: the most that *adding* or *removing* one record moves the sum. A replacement does "
-            "both, and both moves can go in the same direction.",
+            "that is C: the most that *adding* or *removing* one record moves the sum. A replacement does both, and "
+            "both moves can go in the same direction.",
         ),
         Wrong(
             0.5 / 256,
@@ -333,16 +259,16 @@ _REPLACE_ONE = value(
         ),
         Wrong(
             1.0 / 256,
-            "that is the right distance for the *mean*. The question is about the sum, which gets the "
-            "noise: do not divide by 256.",
+            "that is the right distance for the *mean*. The question is about the sum, which gets the noise: do not "
+            "divide by 256.",
         ),
         Wrong(
             math.inf, "without clipping there would be no limit. But both records are clipped: each has norm C at most."
         ),
         Wrong(
             0.5 * math.sqrt(2),
-            "√2·C is the distance of two gradients at a right angle. The worst case is two that "
-            "point in opposite directions.",
+            "√2·C is the distance of two gradients at a right angle. The worst case is two that point in opposite "
+            "directions.",
         ),
         Wrong(0.0, "a replacement keeps the number of records, but not the sum: the new record has another gradient."),
         Wrong(128.0, "B·C bounds the whole sum, with all 256 records. Only one record is replaced here."),
@@ -352,15 +278,16 @@ _REPLACE_ONE = value(
         ),
         Wrong(
             1.1,
-            "that is σ, or the standard deviation of noise made for a distance of 2·C. The question is about "
-            "the distance itself.",
+            "that is σ, or the standard deviation of noise made for a distance of 2·C. The question is about the "
+            "distance itself.",
         ),
-    ),
+    ],
     praise="the old record takes away up to C, and the new one adds up to C in the opposite direction: 2·C = 1.0.",
     solution="**1.0**, which is 2·C. The sum moves by (new clipped row) − (old clipped row). Each has norm 0.5 at "
-    "most; the difference is longest where they point in opposite directions. The batch size and σ do not "
-    "matter.",
+    "most; the difference is longest where they point in opposite directions. The batch size and σ do not matter.",
 )
+
+# 2.4: clip each layer
 
 
 def clip_layers(grads, sizes, max_grad_norm):
@@ -369,78 +296,58 @@ def clip_layers(grads, sizes, max_grad_norm):
     return torch.cat([dpteach.clip(part, share) for part in grads.split(sizes, dim=1)], dim=1)
 
 
-def _each_layer_to_c(grads, sizes, max_grad_norm):
-    return torch.cat([clip(part, max_grad_norm) for part in grads.split(sizes, dim=1)], dim=1)
+def by_layer(share, clip=clip):
+    """An answer that clips each layer to ``share(C, sizes, size)``."""
+    return lambda grads, sizes, C: torch.cat(
+        [clip(part, share(C, sizes, part.shape[1])) for part in grads.split(sizes, dim=1)], dim=1
+    )
 
 
-def _each_layer_to_c_over_l(grads, sizes, max_grad_norm):
-    return torch.cat([clip(part, max_grad_norm / len(sizes)) for part in grads.split(sizes, dim=1)], dim=1)
-
-
-def _flat(grads, sizes, max_grad_norm):
-    return clip(grads, max_grad_norm)
-
-
-def _flat_share(grads, sizes, max_grad_norm):
-    return clip(grads, max_grad_norm / len(sizes) ** 0.5)
-
-
-def _share_by_size(grads, sizes, max_grad_norm):
-    parts = grads.split(sizes, dim=1)
-    return torch.cat([clip(part, max_grad_norm * part.shape[1] / grads.shape[1]) for part in parts], dim=1)
-
-
-def _layers_of_the_batch(grads, sizes, max_grad_norm):
-    share = max_grad_norm / len(sizes) ** 0.5
-    return torch.cat([_whole_matrix(part, share) for part in grads.split(sizes, dim=1)], dim=1)
-
-
-_CLIP_LAYERS = coding(
+exercise_2_4 = coding(
     "2.4",
     hint="`grads.split(sizes, dim=1)` gives the layers' parts, `torch.cat(parts, dim=1)` puts them together again. If "
     "each of L parts has norm c, the whole has norm c·√L. Which c makes that C?",
     reference=clip_layers,
-    inputs=(
+    inputs=[
         lambda: (_some_gradients(6, 12, seed=2), (6, 3, 3), 1.0),
         lambda: (_some_gradients(5, 8, seed=3) * torch.tensor([10.0] * 2 + [0.1] * 6), (2, 6), 0.5),
         lambda: (_some_gradients(4, 7, seed=5), [7], 0.8),  # one layer
         lambda: (torch.tensor([[0.0, 0.0, 3.0, 4.0], [0.1, 0.1, 0.0, 0.0]]), [2, 1, 1], 2.0),
-    ),
-    wrong=(
+    ],
+    wrong=[
         Wrong(
-            _each_layer_to_c,
-            "you clipped each layer to C. A row whose L layers are all at the bound then has norm C·√L, and the "
-            "noise that is made for C is too small for it. Give each layer C / √L.",
+            by_layer(lambda C, sizes, size: C),
+            "you clipped each layer to C. A row whose L layers are all at the bound then has norm C·√L, and the noise "
+            "that is made for C is too small for it. Give each layer C / √L.",
         ),
         Wrong(
-            _each_layer_to_c_over_l,
+            by_layer(lambda C, sizes, size: C / len(sizes)),
             "you clipped each layer to C / L. The bound holds, but it is stricter than it has to be: norms add in "
             "squares, so L parts of norm C / √L have a total norm of C.",
         ),
         Wrong(
-            _flat,
+            lambda grads, sizes, C: clip(grads, C),
             "this is flat clipping: one norm over all layers. It bounds the row by C, but the task is a factor for "
             "each layer.",
         ),
         Wrong(
-            _flat_share,
-            "you clipped the whole row to C / √L. That is the share of one layer: split the row first, then clip "
-            "each part.",
+            lambda grads, sizes, C: clip(grads, C / len(sizes) ** 0.5),
+            "you clipped the whole row to C / √L. That is the share of one layer: split the row first, then clip each "
+            "part.",
         ),
         Wrong(
-            _share_by_size,
-            "you gave each layer a share of C by its number of parameters. The shares' squares must add up to C², "
-            "and the task asks for equal shares: C / √L.",
+            by_layer(lambda C, sizes, size: C * size / sum(sizes)),
+            "you gave each layer a share of C by its number of parameters. The shares' squares must add up to C², and "
+            "the task asks for equal shares: C / √L.",
         ),
         Wrong(
-            _layers_of_the_batch,
+            by_layer(lambda C, sizes, size: C / len(sizes) ** 0.5, clip=scaled(Tensor.norm)),
             "you clipped each layer of the batch as a whole: one factor for all records. Each record needs its own "
             "factor in each layer.",
         ),
-    ),
+    ],
     praise="each layer is clipped by itself, and the parts together are at most C long. Flat clipping has the same "
     "bound for the whole row.",
 )
 
-
-EXERCISES = [_CLIP_ROWS, _BREAK_THE_MEAN, _REPLACE_ONE, _CLIP_LAYERS]
+EXERCISES = [exercise_2_1, exercise_2_2, exercise_2_3, exercise_2_4]

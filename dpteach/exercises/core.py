@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ TIME_LIMIT = 2.0  # seconds for one call of the learner's function
 EXAMINATION_LIMIT = 60.0  # seconds for all calls together
 
 _TICK = 0.05  # seconds; short, since on Windows an interrupt waits for the end of one
-_UNATTEMPTED = (None, ..., NotImplemented)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A plausible wrong answer: ``answer`` (a function, a number, a letter) and the sentence about what it gets wrong."""
+    """A plausible wrong answer, a function, a number or a letter, and the sentence about what it gets wrong."""
 
     answer: Any
     message: str
@@ -84,8 +84,24 @@ class Exercise:
         return self.solution or f"```python\n{textwrap.dedent(inspect.getsource(self.reference)).strip()}\n```"
 
 
+def changed(reference: Callable, **arguments: Any) -> Callable:
+    """A wrong answer: the right one for other arguments, given as values, or as functions of all arguments by name."""
+    names = inspect.signature(reference).parameters
+
+    def answer(*args: Any) -> Any:
+        given = SimpleNamespace(**dict(zip(names, args)))
+        others = {name: value(given) if callable(value) else value for name, value in arguments.items()}
+        return reference(**{**vars(given), **others})
+
+    return answer
+
+
 class Complaint(Exception):
     """The answer can't be compared; the message is a sentence for the learner."""
+
+
+class NotAttempted(Exception):
+    """The learner's function returns what a stub returns."""
 
 
 def coding(
@@ -130,17 +146,13 @@ def coding(
         except Exception:  # a wrong answer may fail on an input: then the learner's would have failed as well
             return False
 
-    def examine(fn: Any) -> Verdict:
-        if not callable(fn):
-            return Verdict(False, f"the answer must be a function, got {_kind(fn)}.")
+    def examine(fn: Callable) -> Verdict:
         mine, complaint = [], None
         try:
             for k in range(len(inputs)):
                 mine.append(on_input(partial(observed, observe), fn, k))
         except Complaint as error:  # on a later input, perhaps, and what came before tells more
             complaint = str(error)
-        if any(unattempted(value) for value in mine):
-            return not_attempted()
         problems = (
             _difference(value, known(reference, k), rtol, atol, dtype, traits, f"input {k + 1}")
             for k, value in enumerate(mine)
@@ -172,7 +184,7 @@ def value(
 ) -> Exercise:
     """An exercise whose answer is a number. ``Wrong.answer`` is a number too.
 
-    ``share``: the answer lies between 0 and 1. Then "8.3 %" is right, 8.3 is told that it is in percent, and two
+    ``share``: the answer lies between 0 and 1. Then "8.3 %" is right, 8.3 is called percent, and two
     decimals are enough.
     """
 
@@ -228,10 +240,43 @@ def choose(id: str, *, hint: str, answer: str, wrong: Sequence[Wrong], praise: s
     return Exercise(id, hint, answer, examine, tuple(wrong), solution)
 
 
+def open_ended(
+    id: str,
+    *,
+    hint: str,
+    reference: Any,
+    describe: Callable[[Any], str | tuple[str, dict[str, float]]],
+    wrong: Mapping[str, Wrong],
+    praise: str,
+    solution: str,
+) -> Exercise:
+    """An exercise that has many right answers.
+
+    Args:
+        describe: ``describe(answer)`` -> "right", or a key of ``wrong``; with it, perhaps, the numbers for the
+            sentence's ``{fields}``. May raise :class:`Complaint`.
+        wrong: for each kind of wrong answer an example, and the sentence for all of this kind.
+    """
+
+    def sentence(given: Any) -> tuple[bool, str]:
+        found = describe(given)
+        kind, fields = found if isinstance(found, tuple) else (found, {})
+        return kind == "right", (praise if kind == "right" else wrong[kind].message).format(**fields)
+
+    return Exercise(
+        id,
+        hint,
+        reference,
+        lambda given: Verdict(*sentence(given)),
+        tuple(replace(w, message=sentence(w.answer)[1]) if "{" in w.message else w for w in wrong.values()),
+        solution,
+    )
+
+
 def examine(exercise: Exercise, answer: Any) -> Verdict:
     """The verdict on ``answer``, whatever it does: raise, exit, print, never end."""
     if unattempted(answer):
-        return not_attempted()
+        return _NOT_ATTEMPTED
     if threading.current_thread().name == _Examination.THREAD:
         return Verdict(False, "call `check` in a cell of its own, not in your function.")
     with _ONE_AT_A_TIME:
@@ -244,24 +289,31 @@ def examine(exercise: Exercise, answer: Any) -> Verdict:
 
 def unattempted(answer: Any) -> bool:
     """Whether ``answer`` is what a stub holds or returns."""
-    return any(answer is nothing for nothing in _UNATTEMPTED)
+    return any(answer is nothing for nothing in (None, ..., NotImplemented))
 
 
-def not_attempted() -> Verdict:
-    """The verdict on such an answer."""
-    return Verdict(None, "write your answer above, run its cell, then run this one again.")
+def attempted(result: Any) -> Any:
+    """``result``, what the learner's function returned.
+
+    Raises:
+        NotAttempted: if it is what a stub returns.
+    """
+    if unattempted(result):
+        raise NotAttempted
+    return result
 
 
 def observed(observe: Callable, fn: Callable, args: tuple) -> Any:
     """``observe(fn, args)``.
 
     Raises:
+        NotAttempted: where ``fn`` returns what a stub returns.
         Complaint: where the learner's ``fn`` raises anything, or changes a tensor of ``args``.
     """
     kept = copy.deepcopy(args)
     try:
         result = observe(fn, args)
-    except Complaint:
+    except (Complaint, NotAttempted):
         raise
     except BaseException as error:
         raise Complaint(_raised(error) + (_called_with(kept) if isinstance(error, Exception) else "")) from error
@@ -270,11 +322,14 @@ def observed(observe: Callable, fn: Callable, args: tuple) -> Any:
             before.shape == after.shape and torch.equal(before.nan_to_num(7.0), after.nan_to_num(7.0))
         ):
             raise Complaint("your function changes its input in place. Make a new tensor instead (a * b, not a *= b).")
-    return result
+    return attempted(result)
 
 
 def as_number(given: Any) -> float | None:
-    """A number of any kind as a float: Python's, NumPy's, a tensor or array of one element, "0.5", "50 %". None if it is none."""
+    """A number of any kind as a float; None if it is none.
+
+    A number is one of Python's, of NumPy's, a tensor or array of one element, "0.5", "50 %".
+    """
     if isinstance(given, (torch.Tensor, np.ndarray)):
         if math.prod(given.shape) != 1:
             return None
@@ -291,6 +346,15 @@ def as_number(given: Any) -> float | None:
         return float(given)
     except OverflowError:  # 10**400
         return math.inf if given > 0 else -math.inf
+
+
+def as_numbers(given: Any, count: int | None = None) -> list[float] | None:
+    """Numbers of any kind as floats; None if they are something else, or not ``count``."""
+    try:
+        found = [as_number(x) for x in given]
+    except TypeError:
+        return None
+    return None if None in found or count not in (None, len(found)) else found
 
 
 _ONE_AT_A_TIME = threading.Lock()  # two that redirect the prints of one process would not restore them
@@ -314,7 +378,7 @@ class _Examination:
         self._calls = 0  # of the learner's function
         self._inside = False  # one of them is running
         self._waited = self._waited_for_call = self._watched_call = 0
-        self._heard = False  # a call that printed something is over
+        self._has_printed = False  # in a call that is over
         self._verdict = Verdict(False, "")
         self._done = threading.Event()
 
@@ -341,10 +405,14 @@ class _Examination:
 
     def _examine(self, exercise: Exercise, answer: Any) -> None:
         try:
+            if callable(exercise.reference) and not callable(answer):
+                raise Complaint(f"the answer must be a function, got {_kind(answer)}.")
             if callable(answer) and id(exercise) not in _WARM:
                 exercise.examine(exercise.reference)  # what is slow once (an import) is not charged to the learner
                 _WARM[id(exercise)] = exercise
             self._verdict = exercise.examine(self._timed(answer) if callable(answer) else answer)
+        except NotAttempted:
+            self._verdict = _NOT_ATTEMPTED
         except Complaint as complaint:
             self._verdict = Verdict(False, str(complaint))
         except BaseException as error:  # an object that can't even be compared
@@ -361,7 +429,7 @@ class _Examination:
                 return fn(*args, **kwargs)
             finally:
                 self._inside = False
-                self._heard = bool(self.printed)
+                self._has_printed = bool(self.printed)
 
         return timed
 
@@ -374,7 +442,10 @@ class _Examination:
         if self._waited_for_call * _TICK > TIME_LIMIT:
             return f"your function did not finish within {TIME_LIMIT:g} seconds: does its loop end?"
         if self._waited * _TICK > EXAMINATION_LIMIT:
-            return f"the check was not over after {EXAMINATION_LIMIT:g} seconds. It calls your function many times: each must be quick."
+            return (
+                f"the check was not over after {EXAMINATION_LIMIT:g} seconds. "
+                "It calls your function many times: each must be quick."
+            )
         return ""
 
     def _end(self, thread: threading.Thread) -> None:
@@ -386,7 +457,7 @@ class _Examination:
                 return
 
     def print(self, text: str) -> None:
-        if self._inside and not self._heard:
+        if self._inside and not self._has_printed:
             self.printed = (self.printed + text)[-4000:]
 
 
@@ -420,18 +491,19 @@ def _raised(error: BaseException, who: str = "your function") -> str:
 
 
 def _called_with(args: tuple) -> str:
-    """A sentence about the arguments, where they are such as can be told in a few words."""
+    """A sentence about the arguments, where they are such as a few words can name."""
 
     def short(x: Any) -> str:
         if isinstance(x, torch.Tensor):
             return f"a tensor of shape {tuple(x.shape)}" if x.ndim else f"tensor({x.item()})"
         return f"a {type(x).__name__}" if isinstance(x, torch.Generator) else reprlib.repr(x)
 
-    plain = (torch.Tensor, torch.Generator, numbers.Real, str)
-    told = all(
-        isinstance(x, plain) or isinstance(x, (list, tuple)) and all(isinstance(y, plain[2:]) for y in x) for x in args
-    )
-    return f" It was called with {', '.join(map(short, args))}." if args and told else ""
+    def plain(x: Any) -> bool:
+        return isinstance(x, (torch.Tensor, torch.Generator, numbers.Real, str))
+
+    if not args or not all(plain(x) or isinstance(x, (list, tuple)) and all(map(plain, x)) for x in args):
+        return ""
+    return f" It was called with {', '.join(map(short, args))}."
 
 
 def _result(fn: Callable, args: tuple) -> Any:
@@ -444,16 +516,17 @@ def _known_random_numbers() -> Iterator[None]:
 
     Without it, the verdict on such an answer is itself a matter of chance.
     """
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    # NumPy's legacy functions: what a learner's np.random.rand() draws from.
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         # torch.manual_seed keeps a stack trace of each call for each kind of device
         torch.default_generator.manual_seed(0)
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         random.seed(0)
         yield
     finally:
         torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
 
 
@@ -485,25 +558,19 @@ def _difference(
                 return None
             if a_.isnan().any() and not b_.isnan().any():
                 return f"the values are not right: on {where} there is a NaN."
-            coarse = (
-                f" {a.dtype} may be too coarse: stay in {b.dtype}."
-                if a.dtype in (torch.float16, torch.bfloat16)
-                else ""
-            )
-            return f"the values are not right: on {where} the largest difference is {(a_ - b_).abs().max().item():.3g}.{coarse}"
+            largest = f"on {where} the largest difference is {(a_ - b_).abs().max().item():.3g}."
+            coarse = a.dtype in (torch.float16, torch.bfloat16)
+            advice = f" {a.dtype} may be too coarse: stay in {b.dtype}." if coarse else ""
+            return f"the values are not right: {largest}{advice}"
         if _is_number(b):
             number = None if isinstance(a, str) or getattr(a, "shape", ()) != () else as_number(a)
             if number is None:
                 return f"your function must return a number, got {_kind(a)}."
-            if (
-                number == b
-                or math.isclose(number, b, rel_tol=rtol, abs_tol=atol)
-                or (math.isnan(number) and math.isnan(b))
-            ):
+            equal = number == b or math.isclose(number, b, rel_tol=rtol, abs_tol=atol)
+            if equal or math.isnan(number) and math.isnan(b):
                 return None
-            return f"on {where} your answer is {number:.4g}: " + (
-                "not a number." if math.isnan(number) else f"too {'high' if number > b else 'low'}."
-            )
+            reason = "not a number" if math.isnan(number) else f"too {'high' if number > b else 'low'}"
+            return f"on {where} your answer is {number:.4g}: {reason}."
         if isinstance(b, dict):
             if not isinstance(a, dict):
                 return f"your function must return a dict, got {_kind(a)}."
@@ -511,16 +578,15 @@ def _difference(
                 return f"on {where} the keys of your dict are not right."
             for key in b:
                 if sentence := unlike(a[key], b[key], f"{where}, key {key!r},"):
-                    return _told(traits[key], a[key], b[key]) if traits and key in traits else sentence
+                    return _filled(traits[key], a[key], b[key]) if traits and key in traits else sentence
             return None
         if isinstance(b, (tuple, list)):
             if not isinstance(a, (tuple, list)):
                 return f"your function must return {_kind(b)}, got {_kind(a)}."
             if len(a) != len(b):
                 return f"on {where} your function must return {len(b)} values, got {len(a)}."
-            return next(
-                filter(None, (unlike(x, y, f"{where}, value {k},") for k, (x, y) in enumerate(zip(a, b), 1))), None
-            )
+            sentences = (unlike(x, y, f"{where}, value {k},") for k, (x, y) in enumerate(zip(a, b), 1))
+            return next(filter(None, sentences), None)
         if isinstance(a, (np.generic, np.ndarray, torch.Tensor)) and a.shape == ():
             a = a.item()
         if type(a) is not type(b):
@@ -530,7 +596,7 @@ def _difference(
     return unlike(mine, right, where)
 
 
-def _told(sentence: str, mine: Any, right: Any) -> str:
+def _filled(sentence: str, mine: Any, right: Any) -> str:
     mine, right = as_number(mine), as_number(right)
     if mine is None or right is None:
         return sentence
@@ -552,4 +618,4 @@ def _short(x: Any) -> str:
         return _kind(x)
 
 
-_observed, _unattempted = observed, not_attempted
+_NOT_ATTEMPTED = Verdict(None, "write your answer above, run its cell, then run this one again.")

@@ -10,7 +10,7 @@ from typing import Any
 import dpteach
 from dpteach.accounting import epsilon
 from dpteach.exercises.budget import calls, seeded
-from dpteach.exercises.core import Complaint, Wrong, as_number, coding, value
+from dpteach.exercises.core import Complaint, Wrong, as_number, changed, coding, value
 
 # 7.1: what the server may report
 
@@ -20,70 +20,13 @@ def report(replies):
     return {reply["name"]: reply["epsilon"] for reply in replies}
 
 
-def _weighted_mean(replies):
-    total = sum(reply["records"] for reply in replies)
-    return sum(reply["records"] / total * reply["epsilon"] for reply in replies)
-
-
-def _plain_mean(replies):
-    return sum(reply["epsilon"] for reply in replies) / len(replies)
-
-
-def _total(replies):
-    return sum(reply["epsilon"] for reply in replies)
-
-
-def _largest(replies):
-    return max(reply["epsilon"] for reply in replies)
-
-
-def _without_names(replies):
-    return [reply["epsilon"] for reply in replies]
-
-
-def _mean_under_each_name(replies):
-    return {reply["name"]: _plain_mean(replies) for reply in replies}
-
-
-def _with_the_loss(replies):
-    return {reply["name"]: (reply["epsilon"], reply["loss"]) for reply in replies}
-
-
-def _records_instead(replies):
-    return {reply["name"]: reply["records"] for reply in replies}
-
-
-def _pairs(replies):
-    return [(reply["name"], reply["epsilon"]) for reply in replies]
-
-
-def _rounded(replies):
-    return {reply["name"]: round(reply["epsilon"], 2) for reply in replies}
-
-
-def _largest_under_each_name(replies):
-    return {reply["name"]: _largest(replies) for reply in replies}
-
-
-def _first_only(replies):
-    return {reply["name"]: reply["epsilon"] for reply in replies[:1]}
-
-
-def _names_of_the_notebook(replies):
-    return {name: reply["epsilon"] for name, reply in zip(("alice", "bob"), replies)}
-
-
-def _running_total(replies):
-    return {reply["name"]: _total(replies[:k]) for k, reply in enumerate(replies, start=1)}
-
-
 _LOSS = "the loss is computed from private records, without noise, and ε does not cover it. Report ε alone."
 _RECORDS = (
     "the number of records is one of the client's secrets too, unless it was agreed to be public. Report ε alone."
 )
 _PAIRS = (
-    "the right names with the right numbers. Return them as one dict, name to ε, so that a reader finds a client "
-    "by its name."
+    "the right names with the right numbers. Return them as one dict, name to ε, so that a reader finds a client by "
+    "its name."
 )
 
 
@@ -105,8 +48,8 @@ def _reported(fn: Callable, args: tuple) -> Any:
     for secret, sentence in (("loss", _LOSS), ("records", _RECORDS)):
         if any(reply[secret] in parts for reply in replies):
             raise Complaint(sentence)
-    told = [part for part in parts if part not in ("name", "epsilon")]
-    if isinstance(result, (list, tuple)) and told == _parts(report(replies)):
+    reported = [part for part in parts if part not in ("name", "epsilon")]
+    if isinstance(result, (list, tuple)) and reported == _parts(report(replies)):
         raise Complaint(_PAIRS)
     return result
 
@@ -121,9 +64,103 @@ def _some_clients(seed: int) -> tuple:
     return (_replies(*((name, draw.randint(100, 9000), draw.uniform(0.1, 8), draw.uniform(0.1, 3)) for name in names)),)
 
 
+exercise_7_1 = coding(
+    "7.1",
+    hint="Whom does alice's ε protect, and whom bob's? Then: what does a reader of the server's log need to see?",
+    reference=report,
+    inputs=[
+        lambda: (_replies(("alice", 2000, 1.17, 0.9), ("bob", 2000, 2.24, 1.1)),),
+        lambda: (_replies(("clinic", 300, 3.4567, 2.0), ("hospital", 50_000, 0.6, 0.4), ("lab", 7000, 1.5, 0.7)),),
+        *(partial(_some_clients, seed) for seed in (1, 2)),
+    ],
+    observe=_reported,
+    wrong=[
+        Wrong(
+            lambda replies: sum(r["records"] * r["epsilon"] for r in replies) / sum(r["records"] for r in replies),
+            "this is the weighted mean, and it is what Flower does to every metric if you don't say otherwise. It "
+            "tells bob's patients a smaller ε than theirs. Keep one for each client.",
+        ),
+        Wrong(
+            lambda replies: sum(r["epsilon"] for r in replies) / len(replies),
+            "a mean of two promises is a promise to nobody: one of the two is always larger. Keep one for each client.",
+        ),
+        Wrong(
+            lambda replies: sum(r["epsilon"] for r in replies),
+            "the clients have no record in common, so nobody's record has paid the sum. Keep one for each client.",
+        ),
+        Wrong(
+            lambda replies: max(r["epsilon"] for r in replies),
+            "the largest is true for every person, and the best *single* number. But it hides what the others have "
+            "left to spend. Keep one for each client.",
+        ),
+        Wrong(
+            lambda replies: [r["epsilon"] for r in replies],
+            "numbers without names: the answers arrive in another order in each round. Return a dict by name.",
+        ),
+        Wrong(
+            lambda replies: {r["name"]: sum(r["epsilon"] for r in replies) / len(replies) for r in replies},
+            "the names are there, but each has the same mean. Give every client its own ε.",
+        ),
+        Wrong(lambda replies: {r["name"]: (r["epsilon"], r["loss"]) for r in replies}, _LOSS),
+        Wrong(lambda replies: {r["name"]: r["records"] for r in replies}, _RECORDS),
+        Wrong(lambda replies: [(r["name"], r["epsilon"]) for r in replies], _PAIRS),
+        Wrong(
+            lambda replies: {r["name"]: round(r["epsilon"], 2) for r in replies},
+            "you round ε. Rounded down, it promises more than was kept: report it as it is, or round up.",
+        ),
+        Wrong(
+            lambda replies: {r["name"]: max(r["epsilon"] for r in replies) for r in replies},
+            "the names are there, but each has the largest ε of all. True, but it hides what the others have left to "
+            "spend. Give every client its own.",
+        ),
+        Wrong(
+            lambda replies: report(replies[:1]),
+            "only the first client is there. Go over all the replies, however many there are.",
+        ),
+        Wrong(
+            lambda replies: {name: r["epsilon"] for name, r in zip(("alice", "bob"), replies)},
+            "you write the names yourself. Other clients have other names: each reply holds its own.",
+        ),
+        Wrong(
+            lambda replies: {r["name"]: sum(r["epsilon"] for r in replies[:k]) for k, r in enumerate(replies, start=1)},
+            "you add up ε from client to client. They have no record in common: give every client its own.",
+        ),
+    ],
+    praise="one number a client, by name. Whoever wants one number for anybody can take the largest of them.",
+)
+
 # 7.2: what ε must cover after a crash
 
 STEPS = 16  # a round of the notebook's nodes: 2,000 records, batches of 128
+
+
+exercise_7_2 = value(
+    "7.2",
+    hint="A record pays when it is read, not when the result arrives. In how many rounds were alice's records read?",
+    answer=5 * STEPS,
+    wrong=[
+        Wrong(
+            4 * STEPS,
+            "you left out the round that was killed. Its steps have read the records, and nobody can prove that "
+            "nothing of it was sent. The ledger was charged before it began: it counts.",
+        ),
+        Wrong(
+            2 * STEPS,
+            "this is what `Context.state` says after the restart: it has forgotten everything before. The records have "
+            "not.",
+        ),
+        Wrong(3 * STEPS, "this is up to the crash. The two rounds after it read the same records again."),
+        Wrong(STEPS, "this is one round. ε must cover all that read these records."),
+        Wrong(
+            6 * STEPS, "you counted the killed round twice. Two finished, one killed, two more: each was charged once."
+        ),
+        Wrong(5, "these are rounds. ε counts *steps*: each round has 16."),
+        Wrong(4, "these are rounds, and one is missing. ε counts *steps*: each round has 16."),
+    ],
+    praise="5 rounds of 16 steps: two before, the killed one, and two after. The ledger has counted all of them.",
+    solution="**80**: 5 · 16. The killed round was charged before it began. It may have been used only in part, so "
+    "this can be too much by a few steps. It can't be too little.",
+)
 
 # 7.3: the ε of a whole client
 
@@ -139,265 +176,106 @@ def client_level_epsilon(noise_multiplier, clients, sampled, rounds, target_delt
     )
 
 
-def _nobody_is_left_out(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, clients, rounds, target_delta)
-
-
-def _one_round(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, sampled, 1, target_delta)
-
-
-def _rounds_times_one(noise_multiplier, clients, sampled, rounds, target_delta):
-    return rounds * _one_round(noise_multiplier, clients, sampled, rounds, target_delta)
-
-
-def _a_step_for_each_client(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, sampled, rounds * sampled, target_delta)
-
-
-def _noise_of_the_mean(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier / sampled, clients, sampled, rounds, target_delta)
-
-
-def _one_client_a_round(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, 1, rounds, target_delta)
-
-
-def _by(accountant, noise_multiplier, clients, sampled, rounds, target_delta):
-    return epsilon(
-        noise_multiplier=noise_multiplier,
-        sample_rate=sampled / clients,
-        steps=rounds,
-        target_delta=target_delta,
-        accountant=accountant,
+def by(accountant):
+    return lambda sigma, clients, sampled, rounds, delta: epsilon(
+        noise_multiplier=sigma, sample_rate=sampled / clients, steps=rounds, target_delta=delta, accountant=accountant
     )
 
 
-def _by_the_default(*args):
-    return _by("prv", *args)
+def _federation(draw):
+    numbers = draw.uniform(0.7, 3), draw.randint(200, 2000), draw.randint(5, 150), draw.randint(2, 60)
+    return *numbers, 10 ** draw.uniform(-6, -3.3)
 
 
-def _by_no_bound(*args):
-    return _by("gdp", *args)
-
-
-def _by_the_accountant_of_2017(*args):
-    return _by("rdp-classic", *args)
-
-
-def _delta_of_clients(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, sampled, rounds, 1 / clients)
-
-
-def _delta_left_out(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, sampled, rounds, 1e-5)
-
-
-def _rate_of_the_sample(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, sampled, 1, rounds, target_delta)
-
-
-def _epochs_of_clients(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, sampled, rounds * math.ceil(clients / sampled), target_delta)
-
-
-def _only_rounds_that_draw_you(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier, clients, clients, math.ceil(rounds * sampled / clients), target_delta)
-
-
-def _noise_times_the_sample(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(noise_multiplier * sampled, clients, sampled, rounds, target_delta)
-
-
-def _noise_upside_down(noise_multiplier, clients, sampled, rounds, target_delta):
-    return client_level_epsilon(1 / noise_multiplier, clients, sampled, rounds, target_delta)
-
-
-EXERCISES = [
-    coding(
-        "7.1",
-        hint="Whom does alice's ε protect, and whom bob's? Then: what does a reader of the server's log need to see?",
-        reference=report,
-        inputs=[
-            lambda: (_replies(("alice", 2000, 1.17, 0.9), ("bob", 2000, 2.24, 1.1)),),
-            lambda: (_replies(("clinic", 300, 3.4567, 2.0), ("hospital", 50_000, 0.6, 0.4), ("lab", 7000, 1.5, 0.7)),),
-            *(partial(_some_clients, seed) for seed in (1, 2)),
-        ],
-        observe=_reported,
-        wrong=[
-            Wrong(
-                _weighted_mean,
-                "this is the weighted mean, and it is what Flower does to every metric if you "
-                "don't say otherwise. It tells bob's patients a smaller ε than theirs. Keep one "
-                "for each client.",
-            ),
-            Wrong(
-                _plain_mean,
-                "a mean of two promises is a promise to nobody: one of the two is always larger. Keep "
-                "one for each client.",
-            ),
-            Wrong(
-                _total,
-                "the clients have no record in common, so nobody's record has paid the sum. Keep one for each client.",
-            ),
-            Wrong(
-                _largest,
-                "the largest is true for every person, and the best *single* number. But it hides what "
-                "the others have left to spend. Keep one for each client.",
-            ),
-            Wrong(
-                _without_names,
-                "numbers without names: the answers arrive in another order in each round. Return a dict by name.",
-            ),
-            Wrong(
-                _mean_under_each_name, "the names are there, but each has the same mean. Give every client its own ε."
-            ),
-            Wrong(_with_the_loss, _LOSS),
-            Wrong(_records_instead, _RECORDS),
-            Wrong(_pairs, _PAIRS),
-            Wrong(
-                _rounded, "you round ε. Rounded down, it promises more than was kept: report it as it is, or round up."
-            ),
-            Wrong(
-                _largest_under_each_name,
-                "the names are there, but each has the largest ε of all. True, but it "
-                "hides what the others have left to spend. Give every client its own.",
-            ),
-            Wrong(_first_only, "only the first client is there. Go over all the replies, however many there are."),
-            Wrong(
-                _names_of_the_notebook,
-                "you write the names yourself. Other clients have other names: each reply holds its own.",
-            ),
-            Wrong(
-                _running_total,
-                "you add up ε from client to client. They have no record in common: give every client its own.",
-            ),
-        ],
-        praise="one number a client, by name. Whoever wants one number for anybody can take the largest of them.",
+exercise_7_3 = coding(
+    "7.3",
+    hint='It is notebook 04\'s formula in other words. What is the "record" now, and what is one "step"? Use '
+    '`dpteach.epsilon(…, accountant="rdp")`.',
+    reference=client_level_epsilon,
+    inputs=calls(
+        (1.0, 1000, 20, 10, 1e-5),
+        (0.8, 200, 50, 30, 1e-4),
+        (3.0, 20, 20, 10, 1e-3),
+        (2.0, 300, 1, 5, 1e-6),
+        *seeded(73, 2, _federation),
     ),
-    value(
-        "7.2",
-        hint="A record pays when it is read, not when the result arrives. In how many rounds were alice's records "
-        "read?",
-        answer=5 * STEPS,
-        wrong=[
-            Wrong(
-                4 * STEPS,
-                "you left out the round that was killed. Its steps have read the records, and nobody "
-                "can prove that nothing of it was sent. The ledger was charged before it began: it "
-                "counts.",
-            ),
-            Wrong(
-                2 * STEPS,
-                "this is what `Context.state` says after the restart: it has forgotten everything "
-                "before. The records have not.",
-            ),
-            Wrong(3 * STEPS, "this is up to the crash. The two rounds after it read the same records again."),
-            Wrong(STEPS, "this is one round. ε must cover all that read these records."),
-            Wrong(
-                6 * STEPS,
-                "you counted the killed round twice. Two finished, one killed, two more: each was charged once.",
-            ),
-            Wrong(5, "these are rounds. ε counts *steps*: each round has 16."),
-            Wrong(4, "these are rounds, and one is missing. ε counts *steps*: each round has 16."),
-        ],
-        praise="5 rounds of 16 steps: two before, the killed one, and two after. The ledger has counted all of them.",
-        solution="**80**: 5 · 16. The killed round was charged before it began. It may have been used only in part, "
-        "so this can be too much by a few steps. It can't be too little.",
-    ),
-    coding(
-        "7.3",
-        hint='It is notebook 04\'s formula in other words. What is the "record" now, and what is one "step"? Use '
-        '`dpteach.epsilon(…, accountant="rdp")`.',
-        reference=client_level_epsilon,
-        inputs=calls(
-            (1.0, 1000, 20, 10, 1e-5),
-            (0.8, 200, 50, 30, 1e-4),
-            (3.0, 20, 20, 10, 1e-3),
-            (2.0, 300, 1, 5, 1e-6),
-            *seeded(
-                73,
-                2,
-                lambda draw: (
-                    draw.uniform(0.7, 3),
-                    draw.randint(200, 2000),
-                    draw.randint(5, 150),
-                    draw.randint(2, 60),
-                    10 ** draw.uniform(-6, -3.3),
-                ),
-            ),
+    wrong=[
+        Wrong(
+            changed(client_level_epsilon, sampled=lambda run: run.clients),
+            "with q = 1 every client would be in every round. The server draws some of them: q = sampled / clients.",
         ),
-        wrong=[
-            Wrong(
-                _nobody_is_left_out,
-                "with q = 1 every client would be in every round. The server draws some of "
-                "them: q = sampled / clients.",
+        Wrong(changed(client_level_epsilon, rounds=1), "this is the ε of one round. All rounds see the client again."),
+        Wrong(
+            lambda *args: args[3] * client_level_epsilon(*args[:3], 1, args[4]),
+            "ε does not grow in proportion to the rounds. Give the number of rounds as `steps`, and let the accountant "
+            "compose them.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, rounds=lambda run: run.rounds * run.sampled),
+            "noise is added once a round, to the sum of all updates. One round is one step.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, noise_multiplier=lambda run: run.noise_multiplier / run.sampled),
+            "you divided σ by the number of clients. σ is already the noise on the *sum*, in units of the clipping "
+            "norm. Dividing sum and noise together afterwards changes nothing.",
+        ),
+        Wrong(
+            by("prv"),
+            'right count, other accountant: these are PRV\'s values. Pass accountant="rdp", so that everyone gets the '
+            "same number.",
+        ),
+        Wrong(
+            by("gdp"),
+            'right count, but these are GDP\'s values: no bound, and often far too small. Pass accountant="rdp".',
+        ),
+        Wrong(
+            by("rdp-classic"),
+            'right count, but with the conversion of 2017, which says more than the run costs. Pass accountant="rdp".',
+        ),
+        Wrong(
+            changed(client_level_epsilon, target_delta=lambda run: 1 / run.clients),
+            "you used δ = 1 / clients. A server that publishes one random client's update outright has exactly that δ, "
+            "and ε = 0. Use target_delta, which has to be well below it.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, target_delta=1e-5),
+            "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, clients=lambda run: run.sampled, sampled=1),
+            "your sample_rate is 1 / sampled: the more clients a round has, the smaller. It is the other way round: q "
+            "= sampled / clients.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, rounds=lambda run: run.rounds * math.ceil(run.clients / run.sampled)),
+            "you counted clients / sampled steps for each round, as if a round were an epoch. The server adds noise "
+            "once a round: one round is one step.",
+        ),
+        Wrong(
+            changed(
+                client_level_epsilon,
+                sampled=lambda run: run.clients,
+                rounds=lambda run: math.ceil(run.rounds * run.sampled / run.clients),
             ),
-            Wrong(_one_round, "this is the ε of one round. All rounds see the client again."),
-            Wrong(
-                _rounds_times_one,
-                "ε does not grow in proportion to the rounds. Give the number of rounds as "
-                "`steps`, and let the accountant compose them.",
-            ),
-            Wrong(
-                _a_step_for_each_client,
-                "noise is added once a round, to the sum of all updates. One round is one step.",
-            ),
-            Wrong(
-                _noise_of_the_mean,
-                "you divided σ by the number of clients. σ is already the noise on the *sum*, "
-                "in units of the clipping norm. Dividing sum and noise together afterwards "
-                "changes nothing.",
-            ),
-            Wrong(
-                _by_the_default,
-                'right count, other accountant: these are PRV\'s values. Pass accountant="rdp", '
-                "so that everyone gets the same number.",
-            ),
-            Wrong(
-                _by_no_bound,
-                'right count, but these are GDP\'s values: no bound, and often far too small. Pass accountant="rdp".',
-            ),
-            Wrong(
-                _by_the_accountant_of_2017,
-                "right count, but with the conversion of 2017, which says more than "
-                'the run costs. Pass accountant="rdp".',
-            ),
-            Wrong(
-                _delta_of_clients,
-                "you used δ = 1 / clients. A server that publishes one random client's update "
-                "outright has exactly that δ, and ε = 0. Use target_delta, which has to be well "
-                "below it.",
-            ),
-            Wrong(_delta_left_out, "your ε does not change with target_delta. Without it, `epsilon` takes δ = 1e-5."),
-            Wrong(
-                _rate_of_the_sample,
-                "your sample_rate is 1 / sampled: the more clients a round has, the smaller. "
-                "It is the other way round: q = sampled / clients.",
-            ),
-            Wrong(
-                _epochs_of_clients,
-                "you counted clients / sampled steps for each round, as if a round were an "
-                "epoch. The server adds noise once a round: one round is one step.",
-            ),
-            Wrong(
-                _only_rounds_that_draw_you,
-                "you counted only the rounds that a client is expected to be in, at q "
-                "= 1. Nobody knows which these are, and chance may choose a client "
-                "more often: all the rounds, at q = sampled / clients.",
-            ),
-            Wrong(
-                _noise_times_the_sample,
-                "you multiplied σ by the number of clients. σ is already the noise on the "
-                "sum, in units of the clipping norm.",
-            ),
-            Wrong(_noise_upside_down, "you passed 1/σ. `noise_multiplier` is σ itself: more noise, smaller ε."),
-            Wrong(
-                _one_client_a_round,
-                "q is the probability that *one certain* client takes part: sampled / clients, not 1 / clients.",
-            ),
-        ],
-        praise="the same accountant: a client in the place of a record, a round in the place of a step. That is why "
-        "many clients, and few of them in each round, make client-level privacy cheap.",
-    ),
-]
+            "you counted only the rounds that a client is expected to be in, at q = 1. Nobody knows which these are, "
+            "and chance may choose a client more often: all the rounds, at q = sampled / clients.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, noise_multiplier=lambda run: run.noise_multiplier * run.sampled),
+            "you multiplied σ by the number of clients. σ is already the noise on the sum, in units of the clipping "
+            "norm.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, noise_multiplier=lambda run: 1 / run.noise_multiplier),
+            "you passed 1/σ. `noise_multiplier` is σ itself: more noise, smaller ε.",
+        ),
+        Wrong(
+            changed(client_level_epsilon, sampled=1),
+            "q is the probability that *one certain* client takes part: sampled / clients, not 1 / clients.",
+        ),
+    ],
+    praise="the same accountant: a client in the place of a record, a round in the place of a step. That is why many "
+    "clients, and few of them in each round, make client-level privacy cheap.",
+)
+
+EXERCISES = [exercise_7_1, exercise_7_2, exercise_7_3]

@@ -8,50 +8,50 @@ import torch
 import torch.nn.functional as F
 
 from dpteach.data import Data, two_moons
-from dpteach.exercises.core import Complaint, Wrong, as_number, choose, coding, unattempted, value
+from dpteach.exercises.core import Complaint, Wrong, as_number, attempted, choose, coding, value
 from dpteach.mechanism import per_sample_gradients
 from dpteach.models import mlp
-from dpteach.training import Settings, train
+from dpteach.settings import Settings
+from dpteach.training import train
 
-# 1.1: which line?
+# 1.1: which line learns?
 
-where_it_learns = choose(
+exercise_1_1 = choose(
     "1.1",
     hint="Stop after each line and compare the model's weights with the ones from before it. Which line changed them?",
     answer="e",
     wrong=[
         Wrong(
             "a",
-            "line a decides in which batch your record comes. It looks at the number of records, not at what is in"
-            " them, and leaves the weights as they are.",
+            "line a decides in which batch your record comes. It looks at the number of records, not at what is in "
+            "them, and leaves the weights as they are.",
         ),
         Wrong(
             "b",
-            "line b reads your record into a batch. The record is now in the computer's memory, but nothing has "
-            "gone into the weights.",
+            "line b reads your record into a batch. The record is now in the computer's memory, but nothing has gone "
+            "into the weights.",
         ),
         Wrong(
             "c",
-            "line c asks the model about your record. The loss depends on your record, but asking a model does not"
-            " change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)",
+            "line c asks the model about your record. The loss depends on your record, but asking a model does not "
+            "change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)",
         ),
         Wrong(
             "d",
-            "line d computes the gradient, and your record has a share in it. But it is stored beside the weights:"
-            " delete it before the next line, and the model never learns of you.",
+            "line d computes the gradient, and your record has a share in it. But it is stored beside the weights: "
+            "delete it before the next line, and the model never learns of you.",
         ),
         Wrong(
             "f",
-            "line f tells the loss to somebody outside. That says something about your record, and we come back to"
-            " it, but the model itself learns nothing from it.",
+            "line f tells the loss to somebody outside. That says something about your record, and we come back to it, "
+            "but the model itself learns nothing from it.",
         ),
     ],
-    praise="only the step changes the weights. Your record gets into the model through the gradient, once per epoch."
-    " A private loop must change what is handed to this line.",
+    praise="only the step changes the weights. Your record gets into the model through the gradient, once per epoch. A "
+    "private loop must change what is handed to this line.",
     solution="**e.** `optimizer.step()` is the only line that changes the weights. It subtracts the learning rate "
     "times the mean of the records' gradients, and yours is one of them.",
 )
-
 
 # 1.2: the loudest record
 
@@ -68,48 +68,15 @@ def loudest_record(model, data):
     return corners[loudest], labels[loudest]
 
 
-def _far_and_expected(model, data):
-    x = torch.tensor([LIMIT, LIMIT])
-    with torch.no_grad():
-        return x, model(x.unsqueeze(0))[0].argmax()
+def near(rank, label):
+    """An answer: beside the record at ``rank`` (0 ... 1) by how sure the model is of it, with ``label(logits)``."""
 
+    def answer(model, data):
+        logits = model(data.X).detach()
+        row = (logits[:, 0] - logits[:, 1]).abs().argsort()[int(rank * len(logits))]
+        return data.X[row] + 0.001, label(logits[row])
 
-def _most_uncertain(model, data):
-    with torch.no_grad():
-        logits = model(data.X)
-    row = (logits[:, 0] - logits[:, 1]).abs().argmin()
-    return data.X[row], 1 - data.y[row]
-
-
-def _loudest_of_the_data(model, data):
-    row = per_sample_gradients(model, F.cross_entropy, data.X, data.y).norm(dim=1).argmax()
-    return data.X[row], data.y[row]
-
-
-def _wrong_label_in_the_middle(model, data):
-    with torch.no_grad():
-        logits = model(data.X)
-    row = (logits[:, 0] - logits[:, 1]).abs().median(dim=0).indices
-    return data.X[row] + 0.001, logits[row].argmin()
-
-
-def _ordinary(model, data):
-    with torch.no_grad():
-        logits = model(data.X)
-    row = (logits[:, 0] - logits[:, 1]).abs().median(dim=0).indices
-    return data.X[row] + 0.001, logits[row].argmax()
-
-
-def _learned_by_heart(model, data):
-    return loudest_record(*_trained())
-
-
-def _through_the_wall(model, data):
-    return torch.tensor([-1e6, 1e6]), 1
-
-
-def _no_such_label(model, data):
-    return torch.tensor([-LIMIT, LIMIT]), 2
+    return answer
 
 
 @functools.cache
@@ -140,9 +107,7 @@ def _what_it_does(fn, args):
     """The record that ``fn`` returns, in a few words: how loud it is, and if it is not, why not."""
     model, data = args
     weights, X, y = copy.deepcopy(model.state_dict()), data.X.clone(), data.y.clone()
-    record = fn(model, data)
-    if unattempted(record):
-        return record
+    record = attempted(fn(model, data))
     if any(not torch.equal(weights[name], now) for name, now in model.state_dict().items()):
         raise Complaint("your function changes the model's weights. Look at the model, and leave it as it is.")
     if not (torch.equal(data.X, X) and torch.equal(data.y, y)):
@@ -195,7 +160,7 @@ def _record(record):
     return x.detach().float(), int(label) if label in (0, 1) else -1
 
 
-shout = coding(
+exercise_1_2 = coding(
     "1.2",
     hint="The gradient is large where the model is sure and wrong, and it grows with the coordinates of the record. "
     "Try the four corners that are allowed. Which label does the model not expect there?",
@@ -204,50 +169,49 @@ shout = coding(
     observe=_on_every_model,
     wrong=[
         Wrong(
-            _far_and_expected,
-            "your record lies at the edge, but it has the label that the model expects there. Then the loss is "
-            "nearly 0, and the gradient too. Being extreme is not enough: the model must also be wrong about the "
-            "record.",
+            lambda model, data: (x := torch.tensor([LIMIT, LIMIT]), model(x.unsqueeze(0))[0].argmax()),
+            "your record lies at the edge, but it has the label that the model expects there. Then the loss is nearly "
+            "0, and the gradient too. Being extreme is not enough: the model must also be wrong about the record.",
         ),
         Wrong(
-            _most_uncertain,
-            "you chose a record that the model is unsure about. There, the probability of its label is about one "
-            "half, so the error that goes into the gradient is one half as well. A label that the model is sure is"
-            " wrong gives twice that, and more at the edge of what is allowed.",
+            near(0, torch.argmin),
+            "you chose a record that the model is unsure about. There, the probability of its label is about one half, "
+            "so the error that goes into the gradient is one half as well. A label that the model is sure is wrong "
+            "gives twice that, and more at the edge of what is allowed.",
         ),
         Wrong(
-            _loudest_of_the_data,
-            "this record is in the data already, so it cannot be louder than all of them. You need not choose from"
-            " the data: the loop takes any record that a person hands in.",
+            lambda model, data: data[_loudness(model, data.X, data.y).argmax()],
+            "this record is in the data already, so it cannot be louder than all of them. You need not choose from the "
+            "data: the loop takes any record that a person hands in.",
         ),
         Wrong(
-            _wrong_label_in_the_middle,
-            "the model is wrong about your record, which is what you want. But the gradient of the first layer is "
-            "the error times the record's coordinates, and yours are too small. Go to the edge of what is allowed.",
+            near(0.5, torch.argmin),
+            "the model is wrong about your record, which is what you want. But the gradient of the first layer is the "
+            "error times the record's coordinates, and yours are too small. Go to the edge of what is allowed.",
         ),
         Wrong(
-            _ordinary,
-            "the model already gives this record its label, so there is little left to learn from it. Loud records"
-            " are those that the model is sure about, and wrong.",
+            near(0.5, torch.argmax),
+            "the model already gives this record its label, so there is little left to learn from it. Loud records are "
+            "those that the model is sure about, and wrong.",
         ),
         Wrong(
-            _learned_by_heart,
-            "your record is loud for the model of this notebook, but your function gets other models too. What is "
-            "loud for one is quiet for another: ask `model` inside your function.",
+            lambda model, data: loudest_record(*_trained()),
+            "your record is loud for the model of this notebook, but your function gets other models too. What is loud "
+            "for one is quiet for another: ask `model` inside your function.",
         ),
         Wrong(
-            _through_the_wall,
-            "both coordinates must be finite and lie between -2 and 2: other records are rejected before training."
-            " (Without such a check, the gradient has no limit at all.)",
+            lambda model, data: (torch.tensor([-1e6, 1e6]), 1),
+            "both coordinates must be finite and lie between -2 and 2: other records are rejected before training. "
+            "(Without such a check, the gradient has no limit at all.)",
         ),
         Wrong(
-            _no_such_label, "the label must be 0 or 1. The loss of any other label is an error, so the loop would stop."
+            lambda model, data: (torch.tensor([-LIMIT, LIMIT]), 2),
+            "the label must be 0 or 1. The loss of any other label is an error, so the loop would stop.",
         ),
     ],
     praise="one record is louder than all 2,000 of the data, and it passes the check on its values. Nothing in the "
     "loop limits what one record does to the update. Notebook 02 puts such a limit there.",
 )
-
 
 # 1.3: the attack's score
 
@@ -259,63 +223,12 @@ def membership_scores(logits, labels):
     return given - others.amax(dim=1)
 
 
-def _loss(logits, labels):
-    return F.cross_entropy(logits.double(), labels, reduction="none")
-
-
-def _log_probability(logits, labels):
-    return -F.cross_entropy(logits, labels, reduction="none")
-
-
-def _probability(logits, labels):
-    return logits.softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
-
-
-def _lead_of_the_prediction(logits, labels):
-    best = logits.topk(2, dim=1).values
-    return best[:, 0] - best[:, 1]
-
-
-def _confidence(logits, labels):
-    return logits.softmax(dim=1).amax(dim=1)
-
-
-def _lead_over_the_mean(logits, labels):
-    given = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return given - (logits.sum(dim=1) - given) / (logits.shape[1] - 1)
-
-
-def _lead_over_itself(logits, labels):
-    return logits.gather(1, labels.unsqueeze(1)).squeeze(1) - logits.amax(dim=1)
-
-
-def _own_logit_zero(logits, labels):
-    given = logits.double().gather(1, labels.unsqueeze(1)).squeeze(1)
-    own = F.one_hot(labels, logits.shape[1])
-    return given - (logits.double() * (1 - own)).amax(dim=1)
-
-
-def _subtracted_in_float32(logits, labels):
-    rows = labels.unsqueeze(1)
-    others = logits.float().scatter(1, rows, -torch.inf)
-    return (logits.float().gather(1, rows).squeeze(1) - others.amax(dim=1)).double()
-
-
-def _lead_over_the_first_other(logits, labels):
-    rows = torch.arange(len(labels))
-    return (logits[rows, labels] - logits[rows, (labels + 1) % logits.shape[1]]).double()
-
-
-def _logit_alone(logits, labels):
+def _own(logits, labels):
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def _turned_round(logits, labels):
-    return -membership_scores(logits, labels)
-
-
-def _mean_of_all(logits, labels):
-    return membership_scores(logits, labels).mean()
+def _lead(logits, labels, fill):
+    return _own(logits, labels) - logits.scatter(1, labels.unsqueeze(1), fill).amax(dim=1)
 
 
 def _logits(scale: float):
@@ -323,25 +236,18 @@ def _logits(scale: float):
     return scale * torch.randn(40, 10, generator=generator), torch.randint(0, 10, (40,), generator=generator)
 
 
-def _sure():
-    return torch.tensor([[40.0, 0.0, -1.0], [60.0, 3.0, 1.0], [-2.0, 0.5, 90.0]]), torch.tensor([0, 0, 2])
-
-
-def _below_zero():
-    return torch.tensor([[-1.0, -3.0], [-5.0, -2.0], [-1e6, -2e6], [-0.5, -0.5]]), torch.tensor([0, 0, 1, 1])
-
-
-def _one_record():
-    return torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.float64), torch.tensor([2])
-
-
-score = coding(
+exercise_1_3 = coding(
     "1.3",
-    hint="`logits.gather(1, labels.unsqueeze(1))` takes each record's own logit. For the best of the others, first "
-    "put minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a "
-    "changed copy.",
+    hint="`logits.gather(1, labels.unsqueeze(1))` takes each record's own logit. For the best of the others, first put "
+    "minus infinity in place of that logit: `logits.scatter(1, labels.unsqueeze(1), -torch.inf)` makes a changed copy.",
     reference=membership_scores,
-    inputs=[lambda: _logits(1.0), lambda: _logits(5.0), _sure, _below_zero, _one_record],
+    inputs=[
+        lambda: _logits(1.0),
+        lambda: _logits(5.0),
+        lambda: (torch.tensor([[40.0, 0.0, -1.0], [60.0, 3.0, 1.0], [-2.0, 0.5, 90.0]]), torch.tensor([0, 0, 2])),
+        lambda: (torch.tensor([[-1.0, -3.0], [-5.0, -2.0], [-1e6, -2e6], [-0.5, -0.5]]), torch.tensor([0, 0, 1, 1])),
+        lambda: (torch.tensor([[0.1, 0.7, 0.3]], dtype=torch.float64), torch.tensor([2])),
+    ],
     dtype=(
         torch.float64,
         "In float32, leads that differ a little become equal, and the attack can't order them: `logits.double()`.",
@@ -350,109 +256,110 @@ score = coding(
     atol=1e-9,
     wrong=[
         Wrong(
-            _loss,
+            lambda logits, labels: F.cross_entropy(logits.double(), labels, reduction="none"),
             "this is the loss. It is low for the records that the model has memorised, so it points the wrong way "
             "round: the attack would call the members non-members.",
         ),
         Wrong(
-            _log_probability,
+            lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none"),
             "minus the loss points the right way, but it ends at 0. For a lead of 40 and for a lead of 90 it is "
-            "exactly 0: the records that the model knows best all get one score, and the attack can't order them. "
-            "Stay with the logits.",
+            "exactly 0: the records that the model knows best all get one score, and the attack can't order them. Stay "
+            "with the logits.",
         ),
         Wrong(
-            _probability,
+            lambda logits, labels: _own(logits.softmax(dim=1), labels),
             "the probability of the label ends at 1. For a lead of 40 and for a lead of 90 it is exactly 1: the "
             "records that the model knows best all get one score. Stay with the logits, before the softmax.",
         ),
         Wrong(
-            _lead_of_the_prediction,
+            lambda logits, labels: -logits.topk(2, dim=1).values.diff(dim=1).squeeze(1),
             "you measure how sure the model is of its own prediction. It may be sure of another label than the "
             "record's. The question is if the model has learned the label that this record came with.",
         ),
         Wrong(
-            _confidence,
+            lambda logits, labels: logits.softmax(dim=1).amax(dim=1),
             "this is the probability of the label that the model predicts, and your function never looks at the "
             "labels. A model that contradicts a record's label has not memorised that record.",
         ),
         Wrong(
-            _lead_over_the_mean,
-            "you subtract the mean of the other logits. One strong rival among nine weak ones then counts for "
-            "little. Compare the label with its best rival.",
+            lambda logits, labels: (
+                _own(logits, labels) - (logits.sum(dim=1) - _own(logits, labels)) / (logits.shape[1] - 1)
+            ),
+            "you subtract the mean of the other logits. One strong rival among nine weak ones then counts for little. "
+            "Compare the label with its best rival.",
         ),
         Wrong(
-            _lead_over_itself,
-            "your maximum includes the label itself. So every record that the model gets right scores exactly 0, "
-            "and the members, which are nearly all right, can't be ordered. Leave the label out first.",
+            lambda logits, labels: _own(logits, labels) - logits.amax(dim=1),
+            "your maximum includes the label itself. So every record that the model gets right scores exactly 0, and "
+            "the members, which are nearly all right, can't be ordered. Leave the label out first.",
         ),
         Wrong(
-            _own_logit_zero,
+            lambda logits, labels: _lead(logits.double(), labels, 0.0),
             "you put 0 in the place of the record's own logit. Where all others are below 0, this 0 is the best rival, "
             "and there is no such logit. Put minus infinity there: it never wins.",
         ),
         Wrong(
-            _subtracted_in_float32,
+            lambda logits, labels: _lead(logits.float(), labels, -torch.inf).double(),
             "you computed in float32, and made float64 of the result: the digits were lost before. Start from "
             "`logits.double()`.",
         ),
         Wrong(
-            _lead_over_the_first_other,
-            "you compare with one certain other label. The best rival is another one for each record: take the "
-            "largest of all the others.",
+            lambda logits, labels: (_own(logits, labels) - _own(logits, (labels + 1) % logits.shape[1])).double(),
+            "you compare with one certain other label. The best rival is another one for each record: take the largest "
+            "of all the others.",
         ),
         Wrong(
-            _logit_alone,
-            "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, "
-            "but changes your score. Compare the label with its best rival.",
+            _own,
+            "this is the label's logit alone. Adding 5 to all logits of a record changes nothing for the model, but "
+            "changes your score. Compare the label with its best rival.",
         ),
         Wrong(
-            _turned_round,
-            "the sign is turned round: you subtract the label's logit from its best rival's. The attack would call"
-            " the members non-members.",
+            lambda logits, labels: -membership_scores(logits, labels),
+            "the sign is turned round: you subtract the label's logit from its best rival's. The attack would call the "
+            "members non-members.",
         ),
         Wrong(
-            _mean_of_all,
-            "you return one number for all records together. An attack asks about one person, so it needs one "
-            "score per record.",
+            lambda logits, labels: membership_scores(logits, labels).mean(),
+            "you return one number for all records together. An attack asks about one person, so it needs one score "
+            "per record.",
         ),
     ],
     praise="one score per record: above 0 where the model says the given label, and higher the more sure it is, "
     "without a ceiling.",
 )
 
-
 # 1.4: what an answer of the attack is worth
 
-base_rate = value(
+exercise_1_4 = value(
     "1.4",
-    hint="Imagine 10,000 people. How many are members, and how many of these does the attack call members? How many "
-    "of the others?",
+    hint="Imagine 10,000 people. How many are members, and how many of these does the attack call members? How many of "
+    "the others?",
     answer=0.9 * 0.01 / (0.9 * 0.01 + 0.1 * 0.99),
     share=True,
     wrong=[
         Wrong(
             0.9,
-            "0.9 is the share of the members that the attack finds. The question goes the other way: of those that"
-            " it names, how many are members?",
+            "0.9 is the share of the members that the attack finds. The question goes the other way: of those that it "
+            "names, how many are members?",
         ),
         Wrong(
             0.1,
-            "0.1 is the share of the non-members that the attack names by mistake. How many people is that, when "
-            "99 of 100 are non-members?",
+            "0.1 is the share of the non-members that the attack names by mistake. How many people is that, when 99 of "
+            "100 are non-members?",
         ),
         Wrong(0.01, "0.01 is the share of members before the attack has spoken. Its answer does tell you something."),
         Wrong(
             0.009,
-            "0.009 is the share of all people that are members *and* are named. Divide it by the share of people "
-            "that are named.",
+            "0.009 is the share of all people that are members *and* are named. Divide it by the share of people that "
+            "are named.",
         ),
         Wrong(0.108, "0.108 is the share of all people that are named. Which part of these are members?"),
         Wrong(0.099 / 0.108, "this is the share of the named people that are *not* members. You want the others."),
     ],
-    praise="about 1 in 12. It was 1 in 100 before. The attack multiplied the odds by nine (0.9 / 0.1), and still "
-    "most of the people that it names are not members.",
-    solution="Of 10,000 people 100 are members, and the attack names 90 of them. Of the 9,900 others it names 990. "
-    "So of the 1,080 people that it names, 90 are members: $90 / 1080 \\approx 0.083$.",
+    praise="about 1 in 12. It was 1 in 100 before. The attack multiplied the odds by nine (0.9 / 0.1), and still most "
+    "of the people that it names are not members.",
+    solution="Of 10,000 people 100 are members, and the attack names 90 of them. Of the 9,900 others it names 990. So "
+    "of the 1,080 people that it names, 90 are members: $90 / 1080 \\approx 0.083$.",
 )
 
-EXERCISES = [where_it_learns, shout, score, base_rate]
+EXERCISES = [exercise_1_1, exercise_1_2, exercise_1_3, exercise_1_4]

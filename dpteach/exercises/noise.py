@@ -1,14 +1,19 @@
-"""The exercises of notebook 03: the noisy mean, the Poisson batch, a division that leaks, and an attacker's belief."""
+"""Notebook 03: the noisy mean, the Poisson batch, a division that leaks, and an attacker's belief."""
 
 import math
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpteach.exercises.core import Complaint, Wrong, coding, unattempted, value
+from dpteach.exercises.core import Complaint, Wrong, attempted, changed, coding, value
+
+
+def _seed(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def _repeats(call: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
@@ -21,6 +26,9 @@ def _repeats(call: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
     return torch.tensor(float(all(map(torch.equal, results(), results()))))
 
 
+# 3.1: the noisy mean
+
+
 def noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
     """The gradient that DP-SGD hands to the optimizer: clipped is (B, P), the result is (P,)."""
     summed = clipped.sum(0)  # zeros for an empty batch: it needs no case of its own
@@ -28,133 +36,38 @@ def noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, expected_batch
     return (summed + noise_multiplier * max_grad_norm * noise) / expected_batch_size
 
 
-def _forgot_c(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * noise) / expected_batch_size
+def noisy(gradient):
+    """An answer ``gradient(rows, z, σ, C, size)``, with one draw z for each coordinate."""
+    return lambda rows, sigma, C, size, generator: gradient(
+        rows, torch.randn(rows.shape[1], generator=generator), sigma, C, size
+    )
 
 
-def _forgot_sigma(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + max_grad_norm * noise * (noise_multiplier > 0)) / expected_batch_size
+def drawn(draw):
+    """An answer that is right, but for its draw: ``draw(P, generator)``."""
+    return lambda rows, sigma, C, size, generator: (rows.sum(0) + sigma * C * draw(rows.shape[1], generator)) / size
 
 
-def _divided_first(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return clipped.sum(0) / expected_batch_size + noise_multiplier * max_grad_norm * noise
-
-
-def _divided_twice(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise / expected_batch_size) / expected_batch_size
-
-
-def _a_draw_for_each_row(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape, generator=generator)
-    return (clipped + noise_multiplier * max_grad_norm * noise).sum(0) / expected_batch_size
-
-
-def _actual_size(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / len(clipped)
-
-
-def _mean_of_the_actual_batch(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return clipped.mean(0) + noise_multiplier * max_grad_norm * noise / expected_batch_size
-
-
-def _noise_on_the_mean(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return clipped.mean(0) + noise_multiplier * max_grad_norm * noise
-
-
-def _one_draw_for_all(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(1, generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _root_of_the_std(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + math.sqrt(noise_multiplier * max_grad_norm) * noise) / expected_batch_size
-
-
-def _square_of_the_std(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + (noise_multiplier * max_grad_norm) ** 2 * noise) / expected_batch_size
-
-
-def _silent_when_empty(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    if len(clipped) == 0:
-        return torch.zeros(clipped.shape[1])
-    return noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator)
-
-
-def _the_sum(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    return noisy_mean_gradient(clipped, noise_multiplier, max_grad_norm, 1, generator)
-
-
-def _no_noise(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    return clipped.sum(0) / expected_batch_size
-
-
-def _centred_uniform(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = math.sqrt(12) * (torch.rand(clipped.shape[1], generator=generator) - 0.5)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _bare_uniform(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.rand(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _own_seed(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=torch.Generator().manual_seed(0))
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _ignores_the_generator(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1])
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _at_least_one(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / max(len(clipped), 1)
-
-
-def _two_c(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    return noisy_mean_gradient(clipped, 2 * noise_multiplier, max_grad_norm, expected_batch_size, generator)
-
-
-def _laplace(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.distributions.Laplace(0.0, 1.0).sample((clipped.shape[1],))
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _antithetic(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    half = torch.randn((clipped.shape[1] + 1) // 2, generator=generator)
-    noise = torch.cat([half, -half])[: clipped.shape[1]]
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * noise) / expected_batch_size
-
-
-def _centred(clipped, noise_multiplier, max_grad_norm, expected_batch_size, generator):
-    noise = torch.randn(clipped.shape[1], generator=generator)
-    return (clipped.sum(0) + noise_multiplier * max_grad_norm * (noise - noise.mean())) / expected_batch_size
+def _halves(P, generator):
+    half = torch.randn((P + 1) // 2, generator=generator)
+    return torch.cat([half, -half])[:P]
 
 
 _NOISE_TRAITS = {
     "finite": "your result holds NaN or infinity. What does your code do with a batch without rows?",
-    "mean": "your noise is not centred at zero, or the sum of the rows is wrong: the mean of result minus sum / expected batch size "
-    "is {mine:.2g} standard deviations of the right noise.",
-    "in turn": "the noise of one call can be told from that of the call before: in the sum or difference of two updates it is gone. "
-    "Draw at each call.",
-    "coordinates": "the noise is nearly the same in every coordinate: it cancels in the difference of two. Draw one number for each.",
-    "pairs": "the noise of one coordinate depends on that of another: in their sum or difference it cancels, wholly or in part, and "
-    "the attacker reads what is left. Draw one number for each coordinate.",
+    "mean": "your noise is not centred at zero, or the sum of the rows is wrong: the mean of result minus sum / "
+    "expected batch size is {mine:.2g} standard deviations of the right noise.",
+    "in turn": "the noise of one call can be told from that of the call before: in the sum or difference of two "
+    "updates it is gone. Draw at each call.",
+    "coordinates": "the noise is nearly the same in every coordinate: it cancels in the difference of two. Draw one "
+    "number for each.",
+    "pairs": "the noise of one coordinate depends on that of another: in their sum or difference it cancels, wholly or "
+    "in part, and the attacker reads what is left. Draw one number for each coordinate.",
     "middle": "your noise is not Gaussian, and the accountants compute ε for Gaussian noise. Use `torch.randn`.",
-    "spread": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided with it.",
-    "repeats": "the noise is right, but the same seed in `generator` does not give it again. Pass `generator=generator` to "
-    "`torch.randn`, and draw from nothing else.",
+    "spread": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided "
+    "with it.",
+    "repeats": "the noise is right, but the same seed in `generator` does not give it again. Pass "
+    "`generator=generator` to `torch.randn`, and draw from nothing else.",
 }
 
 
@@ -165,7 +78,7 @@ def _noise_traits(fn: Any, args: tuple) -> Any:
 
     def call() -> Any:
         try:
-            result = fn(*args)
+            result = attempted(fn(*args))
         except ZeroDivisionError:  # a division by the actual size, as a Python number
             return torch.full((P,), math.nan)
         return torch.as_tensor(result) if isinstance(result, np.ndarray) else result
@@ -209,183 +122,159 @@ def _noise_traits(fn: Any, args: tuple) -> Any:
     return {name: traits[name] if finite or name == "finite" else math.nan for name in _NOISE_TRAITS if name in traits}
 
 
-_NOISY_MEAN = coding(
+exercise_3_1 = coding(
     "3.1",
-    hint="Four steps: add up the rows; draw `torch.randn` once, in the shape of that *sum*, with `generator=generator`; "
-    "multiply the draw by σ·C and add it; divide everything by `expected_batch_size`. What is the sum of a matrix "
-    "with no rows, and does your code do the right thing with it?",
+    hint="Four steps: add up the rows; draw `torch.randn` once, in the shape of that *sum*, with "
+    "`generator=generator`; multiply the draw by σ·C and add it; divide everything by `expected_batch_size`. What is "
+    "the sum of a matrix with no rows, and does your code do the right thing with it?",
     reference=noisy_mean_gradient,
     observe=_noise_traits,
     traits=_NOISE_TRAITS,
     rtol=0.05,
     atol=0.06,
-    inputs=(
+    inputs=[
         lambda: (
             torch.tensor([[0.6, -0.8, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.5], [-1.0, 0.0, 0.0], [0.9, 0.1, 0.2]]),
-            0.0,
-            1.0,
-            2,
-            torch.Generator().manual_seed(0),
+            *(0.0, 1.0, 2, _seed(0)),
         ),
-        lambda: (torch.full((5, 2000), 0.04), 1.5, 2.0, 8, torch.Generator().manual_seed(1)),
-        lambda: (torch.full((12, 2000), 0.01), 0.8, 0.5, 3, torch.Generator().manual_seed(2)),
-        lambda: (torch.zeros(0, 2000), 1.5, 2.0, 8, torch.Generator().manual_seed(3)),  # an empty batch
-        lambda: (
-            torch.randn(7, 30, generator=torch.Generator().manual_seed(4)),
-            0.0,
-            3.0,
-            5,
-            torch.Generator().manual_seed(5),
-        ),
-        lambda: (torch.full((3, 4), 0.1), 1.2, 0.7, 6, torch.Generator().manual_seed(6)),  # few coordinates, many draws
-        lambda: (torch.full((3, 1), 0.1), 0.7, 1.3, 2, torch.Generator().manual_seed(7)),  # a single coordinate
-    ),
-    wrong=(
+        lambda: (torch.full((5, 2000), 0.04), 1.5, 2.0, 8, _seed(1)),
+        lambda: (torch.full((12, 2000), 0.01), 0.8, 0.5, 3, _seed(2)),
+        lambda: (torch.zeros(0, 2000), 1.5, 2.0, 8, _seed(3)),  # an empty batch
+        lambda: (torch.randn(7, 30, generator=_seed(4)), 0.0, 3.0, 5, _seed(5)),
+        lambda: (torch.full((3, 4), 0.1), 1.2, 0.7, 6, _seed(6)),  # few coordinates, many draws
+        lambda: (torch.full((3, 1), 0.1), 0.7, 1.3, 2, _seed(7)),  # a single coordinate
+    ],
+    wrong=[
         Wrong(
-            _no_noise,
+            noisy(lambda rows, z, sigma, C, size: rows.sum(0) / size),
             "there is no noise in your result, whatever σ is. Then the attacker reads off with certainty whether you "
-            "took "
-            "part. Draw `torch.randn` in the shape of the sum, times σ·C.",
+            "took part. Draw `torch.randn` in the shape of the sum, times σ·C.",
         ),
         Wrong(
-            _forgot_c,
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + sigma * z) / size),
             "your noise has standard deviation σ on the sum; it must be σ·C. σ is only the *multiplier*: one record "
-            "moves the "
-            "sum by up to C, so the noise must grow with C. For C = 2 you gave half the noise that ε is computed for.",
+            "moves the sum by up to C, so the noise must grow with C. For C = 2 you gave half the noise that ε is "
+            "computed for.",
         ),
         Wrong(
-            _forgot_sigma,
-            "your noise has standard deviation C on the sum; it must be σ·C. The noise multiplier does nothing in "
-            "your code, "
-            "so ε would be computed for noise that nobody added.",
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + C * z * (sigma > 0)) / size),
+            "your noise has standard deviation C on the sum; it must be σ·C. The noise multiplier does nothing in your "
+            "code, so ε would be computed for noise that nobody added.",
         ),
         Wrong(
-            _divided_first,
+            noisy(lambda rows, z, sigma, C, size: rows.sum(0) / size + sigma * C * z),
             "you divided the sum by the expected batch size first, and then added noise of standard deviation σ·C. "
-            "That noise "
-            "is meant for the *sum*: on the mean it is too large, by a factor of the batch size, and the model learns "
-            "nothing. Add first, then divide both.",
+            "That noise is meant for the *sum*: on the mean it is too large, by a factor of the batch size, and the "
+            "model learns nothing. Add first, then divide both.",
         ),
         Wrong(
-            _divided_twice,
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + sigma * C * z / size) / size),
             "you divided the noise by the batch size twice. This is noise for the *mean*, added to the *sum*: too "
-            "little by a "
-            "factor of the batch size, so the real ε is far above the reported one. Add σ·C to the sum, then divide "
-            "once.",
+            "little by a factor of the batch size, so the real ε is far above the reported one. Add σ·C to the sum, "
+            "then divide once.",
         ),
         Wrong(
-            _a_draw_for_each_row,
+            lambda rows, sigma, C, size, generator: (
+                (rows + sigma * C * torch.randn(rows.shape, generator=generator)).sum(0) / size
+            ),
             "you drew noise for each record's row. The draws add up: the variance is as many times too large as the "
-            "batch has "
-            "rows, and an empty batch gets no noise at all. Draw once, for the sum.",
+            "batch has rows, and an empty batch gets no noise at all. Draw once, for the sum.",
         ),
         Wrong(
-            _actual_size,
-            "you divided by the actual batch size. It changes when one record joins, so the division tells who was "
-            "in, and an "
-            "empty batch divides by zero. Divide by the expected batch size, which is n·q for every batch.",
+            changed(noisy_mean_gradient, expected_batch_size=lambda run: len(run.clipped)),
+            "you divided by the actual batch size. It changes when one record joins, so the division tells who was in, "
+            "and an empty batch divides by zero. Divide by the expected batch size, which is n·q for every batch.",
         ),
         Wrong(
-            _at_least_one,
+            changed(noisy_mean_gradient, expected_batch_size=lambda run: max(len(run.clipped), 1)),
             "you divided by `max(len(clipped), 1)`. That mends the empty batch, but the divisor is still the actual "
-            "batch size: "
-            "it changes when one record joins. Divide by the expected batch size, whatever the batch holds.",
+            "batch size: it changes when one record joins. Divide by the expected batch size, whatever the batch "
+            "holds.",
         ),
         Wrong(
-            _two_c,
+            changed(noisy_mean_gradient, noise_multiplier=lambda run: 2 * run.noise_multiplier),
             "your noise is twice as large as it must be: 2·σ·C. That would fit where one record is *replaced* by "
-            "another, which "
-            "moves the sum by up to 2·C. Here a record joins or leaves, and moves it by up to C.",
+            "another, which moves the sum by up to 2·C. Here a record joins or leaves, and moves it by up to C.",
         ),
         Wrong(
-            _mean_of_the_actual_batch,
-            "your noise is right, but `mean(0)` divides the gradients by the *actual* batch size. In a small batch "
-            "one record "
-            "then moves the result by far more than C / expected batch size, and the noise does not cover that; an "
-            "empty "
-            "batch gives NaN. Take the sum, and divide by the expected batch size.",
+            noisy(lambda rows, z, sigma, C, size: rows.mean(0) + sigma * C * z / size),
+            "your noise is right, but `mean(0)` divides the gradients by the *actual* batch size. In a small batch one "
+            "record then moves the result by far more than C / expected batch size, and the noise does not cover that; "
+            "an empty batch gives NaN. Take the sum, and divide by the expected batch size.",
         ),
         Wrong(
-            _noise_on_the_mean,
+            noisy(lambda rows, z, sigma, C, size: rows.mean(0) + sigma * C * z),
             "you added noise of standard deviation σ·C to `mean(0)`. Two things are mixed up: σ·C belongs to the "
-            "*sum*, and "
-            "`mean` divides by the actual batch size. Sum, add the noise, then divide by the expected batch size.",
+            "*sum*, and `mean` divides by the actual batch size. Sum, add the noise, then divide by the expected batch "
+            "size.",
         ),
         Wrong(
-            _one_draw_for_all,
+            drawn(lambda P, generator: torch.randn(1, generator=generator)),
             "you drew one number and added it to every coordinate. It cancels in the difference of two coordinates, "
-            "and what "
-            "remains has no noise at all. Draw one number for each coordinate.",
+            "and what remains has no noise at all. Draw one number for each coordinate.",
         ),
         Wrong(
-            _root_of_the_std,
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + math.sqrt(sigma * C) * z) / size),
             "you took σ·C for the *variance*; it is the standard deviation. `torch.randn` has standard deviation 1, so "
             "multiply it by σ·C itself, without the square root.",
         ),
         Wrong(
-            _square_of_the_std,
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + (sigma * C) ** 2 * z) / size),
             "you multiplied the noise by σ²·C². That is its *variance*. `torch.randn` has standard deviation 1, so "
-            "multiply "
-            "it by σ·C.",
+            "multiply it by σ·C.",
         ),
         Wrong(
-            _silent_when_empty,
+            lambda rows, *rest: noisy_mean_gradient(rows, *rest) if len(rows) else torch.zeros(rows.shape[1]),
             "an empty batch gets zeros from you, without noise. Then an update of exactly zero says with certainty "
-            "that nobody "
-            "took part. The sum of an empty batch is zeros, and it gets the same noise as any other.",
+            "that nobody took part. The sum of an empty batch is zeros, and it gets the same noise as any other.",
         ),
         Wrong(
-            _the_sum,
-            "the noisy sum is right, but you did not divide it. The learning rate would then depend on the batch "
-            "size. Divide "
-            "by the expected batch size.",
+            changed(noisy_mean_gradient, expected_batch_size=1),
+            "the noisy sum is right, but you did not divide it. The learning rate would then depend on the batch size. "
+            "Divide by the expected batch size.",
         ),
         Wrong(
-            _bare_uniform,
+            drawn(lambda P, generator: torch.rand(P, generator=generator)),
             "`torch.rand` is uniform between 0 and 1: it is never negative, so it pushes every coordinate up, and it "
-            "has an "
-            "end, beyond which the attacker is certain. Use `torch.randn`, the Gaussian.",
+            "has an end, beyond which the attacker is certain. Use `torch.randn`, the Gaussian.",
         ),
         Wrong(
-            _centred_uniform,
+            drawn(lambda P, generator: math.sqrt(12) * (torch.rand(P, generator=generator) - 0.5)),
             "the size of the noise is right, but it is not Gaussian: uniform noise has an end, and beyond it the "
-            "attacker is "
-            "certain. The accountants compute ε for Gaussian noise. Use `torch.randn`.",
+            "attacker is certain. The accountants compute ε for Gaussian noise. Use `torch.randn`.",
         ),
         Wrong(
-            _laplace,
+            drawn(lambda P, generator: torch.distributions.Laplace(0.0, 1.0).sample((P,))),
             "this is Laplace noise. Its natural measure is the L1 norm, and clipping bounds the L2 norm; the "
-            "accountants compute ε "
-            "for Gaussian noise. Use `torch.randn`.",
+            "accountants compute ε for Gaussian noise. Use `torch.randn`.",
         ),
         Wrong(
-            _antithetic,
+            drawn(_halves),
             "you drew noise for half of the coordinates and used it again, with the sign turned, for the other half. "
-            "In the sum of "
-            "such a pair it cancels, and the attacker reads that sum without any noise. Draw one number for each "
-            "coordinate.",
+            "In the sum of such a pair it cancels, and the attacker reads that sum without any noise. Draw one number "
+            "for each coordinate.",
         ),
         Wrong(
-            _centred,
-            "you subtracted the mean of the noise. Then the noise of all coordinates adds up to zero, and the "
-            "attacker reads the "
-            "sum of the gradient's coordinates without any noise. Leave the draw as it is.",
+            noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + sigma * C * (z - z.mean())) / size),
+            "you subtracted the mean of the noise. Then the noise of all coordinates adds up to zero, and the attacker "
+            "reads the sum of the gradient's coordinates without any noise. Leave the draw as it is.",
         ),
         Wrong(
-            _own_seed,
+            changed(noisy_mean_gradient, generator=lambda run: _seed(0)),
             "you seed the random numbers inside the function, so every step gets the *same* noise: in the difference "
-            "of two "
-            "updates it is gone. Draw from the generator that is handed to you.",
+            "of two updates it is gone. Draw from the generator that is handed to you.",
         ),
         Wrong(
-            _ignores_the_generator,
+            changed(noisy_mean_gradient, generator=None),
             "the noise is right, but it does not come from `generator`, so nobody can repeat your run. Pass "
             "`generator=generator` to `torch.randn`.",
         ),
-    ),
-    praise="noise of standard deviation σ·C on the sum, once for each coordinate, divided by the expected batch size; and an "
-    "empty batch gets it too.",
+    ],
+    praise="noise of standard deviation σ·C on the sum, once for each coordinate, divided by the expected batch size; "
+    "and an empty batch gets it too.",
 )
+
+# 3.2: the Poisson batch
 
 
 def poisson_batch(n, sample_rate, generator):
@@ -394,74 +283,21 @@ def poisson_batch(n, sample_rate, generator):
     return torch.nonzero(takes_part).squeeze(1)
 
 
-def _fixed_size(n, sample_rate, generator):
-    return torch.randperm(n, generator=generator)[: int(n * sample_rate)]
-
-
-def _with_replacement(n, sample_rate, generator):
-    return torch.randint(n, (int(n * sample_rate),), generator=generator)
-
-
-def _block(n, sample_rate, generator):
-    start = torch.randint(n, (1,), generator=generator)
-    return (start + torch.arange(int(n * sample_rate))) % n
-
-
-def _first_records(n, sample_rate, generator):
-    return torch.arange(int(n * sample_rate))
-
-
-def _the_others(n, sample_rate, generator):
-    return torch.nonzero(torch.rand(n, generator=generator) >= sample_rate).squeeze(1)
-
-
-def _one_coin_for_all(n, sample_rate, generator):
-    return torch.arange(n) if torch.rand(1, generator=generator) < sample_rate else torch.arange(0)
-
-
-def _poisson_count(n, sample_rate, generator):
-    size = int(torch.poisson(torch.tensor(n * sample_rate), generator=generator))
-    return torch.randperm(n, generator=generator)[:size]
-
-
-def _never_empty(n, sample_rate, generator):
-    batch = poisson_batch(n, sample_rate, generator)
-    return batch if len(batch) else torch.randint(n, (1,), generator=generator)
-
-
-def _again_until_not_empty(n, sample_rate, generator):
-    batch = poisson_batch(n, sample_rate, generator)
-    while len(batch) == 0:
-        batch = poisson_batch(n, sample_rate, generator)
-    return batch
-
-
-def _gaussian_draws(n, sample_rate, generator):
-    return torch.nonzero(torch.randn(n, generator=generator) < sample_rate).squeeze(1)
-
-
-def _own_seed_batch(n, sample_rate, generator):
-    return poisson_batch(n, sample_rate, torch.Generator().manual_seed(0))
-
-
-def _global_generator(n, sample_rate, generator):
-    return torch.nonzero(torch.rand(n) < sample_rate).squeeze(1)
-
-
 _BATCH_TRAITS = {
-    "fixed": "your batches always have the same size. In such a batch the records are not independent: one that gets in keeps "
-    "another one out. Draw for each record on its own.",
+    "fixed": "your batches always have the same size. In such a batch the records are not independent: one that gets "
+    "in keeps another one out. Draw for each record on its own.",
     "size": "your batches hold {times:.2g} times as many records as n·q, on average.",
     "luckiest": "some records take part at a higher rate than others. Each must take part with probability q.",
     "once": "a record can be in your batch twice, or the records take part at another rate than q.",
-    "varies": "the sizes of your batches vary {times:.2g} times as much as those of independent draws. Draw for each record on its own.",
+    "varies": "the sizes of your batches vary {times:.2g} times as much as those of independent draws. Draw for each "
+    "record on its own.",
     "empty": "an empty batch must come now and then: with probability (1 - q)^n. Yours come more or less often.",
     "alone": "batches of one record come too often, or too rarely.",
-    "pairs": "two records take part together more often, or less often, than independent draws would have it: who knows that one is "
-    "in learns about the other. Draw for each record on its own.",
+    "pairs": "two records take part together more often, or less often, than independent draws would have it: who "
+    "knows that one is in learns about the other. Draw for each record on its own.",
     "in turn": "who was in one batch says who is in the next. Draw anew at each call.",
-    "repeats": "the batches are right, but the same seed in `generator` does not give them again. Pass `generator=generator` to "
-    "`torch.rand`, and draw from nothing else.",
+    "repeats": "the batches are right, but the same seed in `generator` does not give them again. Pass "
+    "`generator=generator` to `torch.rand`, and draw from nothing else.",
 }
 
 
@@ -470,7 +306,7 @@ def _batch_traits(fn: Any, args: tuple) -> Any:
     n, sample_rate, generator = args
 
     def call() -> Any:
-        result = fn(*args)
+        result = attempted(fn(*args))
         return torch.as_tensor(result) if isinstance(result, np.ndarray) else result
 
     first = call()
@@ -518,100 +354,97 @@ def _batch_traits(fn: Any, args: tuple) -> Any:
     }
 
 
-_POISSON_BATCH = coding(
+exercise_3_2 = coding(
     "3.2",
-    hint="`torch.rand(n, generator=generator)` draws one number between 0 and 1 for each record. What is the probability that "
-    "such a number is below q? `torch.nonzero(mask).squeeze(1)` turns a row of True and False into indices.",
+    hint="`torch.rand(n, generator=generator)` draws one number between 0 and 1 for each record. What is the "
+    "probability that such a number is below q? `torch.nonzero(mask).squeeze(1)` turns a row of True and False into "
+    "indices.",
     reference=poisson_batch,
     observe=_batch_traits,
     traits=_BATCH_TRAITS,
     rtol=0.08,
     atol=0.03,
-    inputs=(
-        lambda: (100, 0.3, torch.Generator().manual_seed(0)),
-        lambda: (6, 0.25, torch.Generator().manual_seed(1)),  # often empty
-        lambda: (1, 0.5, torch.Generator().manual_seed(2)),
-        lambda: (5, 1.0, torch.Generator().manual_seed(3)),  # everybody, always
-    ),
-    wrong=(
+    inputs=[
+        lambda: (100, 0.3, _seed(0)),
+        lambda: (6, 0.25, _seed(1)),  # often empty
+        lambda: (1, 0.5, _seed(2)),
+        lambda: (5, 1.0, _seed(3)),  # everybody, always
+    ],
+    wrong=[
         Wrong(
-            _fixed_size,
+            lambda n, q, generator: torch.randperm(n, generator=generator)[: int(n * q)],
             "your batches always have the same size. In a batch of a fixed size the records are not independent: one "
-            "that "
-            "gets in keeps another one out. The accountants compute ε for independent draws; for yours it is not the "
-            "ε that "
-            "they report. Draw for each record on its own.",
+            "that gets in keeps another one out. The accountants compute ε for independent draws; for yours it is not "
+            "the ε that they report. Draw for each record on its own.",
         ),
         Wrong(
-            _with_replacement,
+            lambda n, q, generator: torch.randint(n, (int(n * q),), generator=generator),
             "`torch.randint` can pick a record twice. Its clipped gradient then counts twice, so it moves the sum by "
-            "up to 2·C "
-            "or more, and the noise is made for C. Draw once for each record: in, or not in.",
+            "up to 2·C or more, and the noise is made for C. Draw once for each record: in, or not in.",
         ),
         Wrong(
-            _block,
+            lambda n, q, generator: (torch.randint(n, (1,), generator=generator) + torch.arange(int(n * q))) % n,
             "your batch is a block of neighbours. Each record takes part at the right rate, but it always brings the "
-            "same "
-            "company, so who knows one of them knows the others. Draw for each record on its own.",
+            "same company, so who knows one of them knows the others. Draw for each record on its own.",
         ),
         Wrong(
-            _first_records,
-            "your batch is always the same records, the first ones. They take part in every step and the others "
-            "never: nobody "
-            "is hidden by chance, and most of the data is not used. Draw for each record, at each call.",
+            lambda n, q, generator: torch.arange(int(n * q)),
+            "your batch is always the same records, the first ones. They take part in every step and the others never: "
+            "nobody is hidden by chance, and most of the data is not used. Draw for each record, at each call.",
         ),
         Wrong(
-            _the_others,
+            lambda n, q, generator: torch.nonzero(torch.rand(n, generator=generator) >= q).squeeze(1),
             "the comparison is the wrong way round: `rand > q` is true with probability 1 - q. Your batches hold the "
-            "records "
-            "that should have stayed out, far too many of them.",
+            "records that should have stayed out, far too many of them.",
         ),
         Wrong(
-            _one_coin_for_all,
+            lambda n, q, generator: torch.arange(n if torch.rand(1, generator=generator) < q else 0),
             "you flip one coin for the whole data set: everybody, or nobody. The mean size is right, but one known "
-            "record "
-            "gives away all the others. Draw n numbers, one for each record.",
+            "record gives away all the others. Draw n numbers, one for each record.",
         ),
         Wrong(
-            _poisson_count,
-            "you drew the batch *size* from a Poisson distribution. In spite of its name, Poisson sampling does not "
-            "do that: it "
-            "flips a coin of probability q for each record, so the size is binomial and varies less.",
+            lambda n, q, generator: torch.randperm(n, generator=generator)[
+                : int(torch.poisson(torch.tensor(n * q), generator=generator))
+            ],
+            "you drew the batch *size* from a Poisson distribution. In spite of its name, Poisson sampling does not do "
+            "that: it flips a coin of probability q for each record, so the size is binomial and varies less.",
         ),
         Wrong(
-            _never_empty,
-            "you fill an empty batch with a record. That record takes part with a probability above q, and it is "
-            "alone in its "
-            "batch. Return the empty batch: it gets noise like any other.",
+            lambda n, q, generator: (
+                batch if len(batch := poisson_batch(n, q, generator)) else torch.randint(n, (1,), generator=generator)
+            ),
+            "you fill an empty batch with a record. That record takes part with a probability above q, and it is alone "
+            "in its batch. Return the empty batch: it gets noise like any other.",
         ),
         Wrong(
-            _again_until_not_empty,
-            "you draw again until the batch is not empty. Each record then takes part with a probability above q, "
-            "and ε was "
-            "computed for q. Return the empty batch: it gets noise like any other.",
+            lambda n, q, generator: next(filter(len, (poisson_batch(n, q, generator) for _ in count()))),
+            "you draw again until the batch is not empty. Each record then takes part with a probability above q, and "
+            "ε was computed for q. Return the empty batch: it gets noise like any other.",
         ),
         Wrong(
-            _gaussian_draws,
-            "`torch.randn` is Gaussian: it is below q far more often than in a share q of the draws. Use "
-            "`torch.rand`, uniform "
-            "between 0 and 1.",
+            lambda n, q, generator: torch.nonzero(torch.randn(n, generator=generator) < q).squeeze(1),
+            "`torch.randn` is Gaussian: it is below q far more often than in a share q of the draws. Use `torch.rand`, "
+            "uniform between 0 and 1.",
         ),
         Wrong(
-            _own_seed_batch,
+            changed(poisson_batch, generator=lambda run: _seed(0)),
             "you seed the random numbers inside the function, so every step gets the same batch. Draw from the "
-            "generator that "
-            "is handed to you.",
+            "generator that is handed to you.",
         ),
         Wrong(
-            _global_generator,
+            changed(poisson_batch, generator=None),
             "the batches are right, but they do not come from `generator`, so nobody can repeat your run. Pass "
             "`generator=generator` to `torch.rand`.",
         ),
-    ),
-    praise="one independent draw for each record. The sizes vary around n·q, and now and then a batch is empty, as it must be.",
+    ],
+    praise="one independent draw for each record. The sizes vary around n·q, and now and then a batch is empty, as it "
+    "must be.",
 )
 
+# 3.3: a division that leaks
+
 _C, _EXPECTED = 1.0, 100
+_EAST = torch.tensor([[1.0, 0.0]])
 
 
 def neighbours():
@@ -621,39 +454,9 @@ def neighbours():
     return batch, record
 
 
-def _not_clipped():
-    return torch.tensor([[1.0, 0.0]]), torch.tensor([-30.0, 0.0])
-
-
-def _rows_not_clipped():
-    return torch.tensor([[40.0, 0.0], [40.0, 0.0]]), torch.tensor([-1.0, 0.0])
-
-
-def _ordinary_batch():
-    return torch.tensor([[1.0, 0.0]]).expand(100, 2).clone(), torch.tensor([-1.0, 0.0])
-
-
-def _four_rows():
-    return torch.tensor([[1.0, 0.0]]).expand(4, 2).clone(), torch.tensor([-1.0, 0.0])
-
-
-def _same_direction():
-    return torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 0.0])
-
-
-def _empty_batch():
-    return torch.zeros(0, 2), torch.tensor([1.0, 0.0])
-
-
-def _short_rows():
-    return torch.tensor([[0.2, 0.0]]), torch.tensor([-0.2, 0.0])
-
-
 def _how_far(fn: Any, args: tuple) -> Any:
     """A word for what the learner's pair does to ``clipped.mean(0)``."""
-    pair = fn()
-    if unattempted(pair):
-        return pair
+    pair = attempted(fn())
     if not (
         isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in pair)
     ):
@@ -681,60 +484,56 @@ def _how_far(fn: Any, args: tuple) -> Any:
     return "large batch" if len(batch) >= 20 else "a few rows too many"
 
 
-_NEIGHBOURS = coding(
+exercise_3_3 = coding(
     "3.3",
-    hint="The sum moves by at most C = 1, whatever you do. The division decides what becomes of that. In a batch of b rows, "
-    "how much weight does one more row have in the mean? And which direction is farthest away from the others?",
+    hint="The sum moves by at most C = 1, whatever you do. The division decides what becomes of that. In a batch of b "
+    "rows, how much weight does one more row have in the mean? And which direction is farthest away from the others?",
     reference=neighbours,
     observe=_how_far,
-    inputs=(lambda: (),),
-    wrong=(
+    inputs=[lambda: ()],
+    wrong=[
         Wrong(
-            _not_clipped,
+            lambda: (_EAST, -30 * _EAST[0]),
             "your record is longer than C = 1: clipping would have shortened it. The leak needs no such trick. Keep "
-            "every row "
-            "within C, and look at the division.",
+            "every row within C, and look at the division.",
         ),
         Wrong(
-            _rows_not_clipped,
-            "a row of your batch is longer than C = 1: clipping would have shortened it. Keep every row within C, "
-            "and look at "
-            "the division.",
+            lambda: (40 * _EAST.expand(2, 2), -_EAST[0]),
+            "a row of your batch is longer than C = 1: clipping would have shortened it. Keep every row within C, and "
+            "look at the division.",
         ),
         Wrong(
-            _ordinary_batch,
+            lambda: (_EAST.expand(100, 2), -_EAST[0]),
             "in a batch this large, one record hardly moves the mean. Poisson batches vary in size, and when n·q is "
-            "small they "
-            "may hold a record or two. Try a batch as small as that.",
+            "small they may hold a record or two. Try a batch as small as that.",
         ),
         Wrong(
-            _four_rows,
-            "your batch is small, but not small enough. Among b others, the newcomer has the weight 1 / (b + 1) in "
-            "the mean, so it "
-            "moves the mean by 2·C / (b + 1) at most. Take fewer rows.",
+            lambda: (_EAST.expand(4, 2), -_EAST[0]),
+            "your batch is small, but not small enough. Among b others, the newcomer has the weight 1 / (b + 1) in the "
+            "mean, so it moves the mean by 2·C / (b + 1) at most. Take fewer rows.",
         ),
         Wrong(
-            _same_direction,
-            "the mean does not move: your record is equal to the mean of the others, so nothing changes when it "
-            "joins. Choose "
-            "a direction that the others do not have.",
+            lambda: (_EAST, _EAST[0]),
+            "the mean does not move: your record is equal to the mean of the others, so nothing changes when it joins. "
+            "Choose a direction that the others do not have.",
         ),
         Wrong(
-            _empty_batch,
-            "an empty batch has no mean: 0 / 0 is NaN. That is one more reason against this division, but nothing "
-            "that can be "
-            "measured here. Start with one row.",
+            lambda: (torch.zeros(0, 2), _EAST[0]),
+            "an empty batch has no mean: 0 / 0 is NaN. That is one more reason against this division, but nothing that "
+            "can be measured here. Start with one row.",
         ),
         Wrong(
-            _short_rows,
+            lambda: (0.2 * _EAST, -0.2 * _EAST[0]),
             "the mean moves, but by less than 50 times C / 100. Rows may be as long as C = 1; use that, and let the "
-            "record "
-            "point against the others.",
+            "record point against the others.",
         ),
-    ),
-    praise="with all rows clipped to C, one record moves this mean 50 times farther than the noise was made for, or more. A "
-    "division by the expected batch size can't be moved like that: the divisor is the same with and without you.",
+    ],
+    praise="with all rows clipped to C, one record moves this mean 50 times farther than the noise was made for, or "
+    "more. A division by the expected batch size can't be moved like that: the divisor is the same with and without "
+    "you.",
 )
+
+# 3.4: an attacker's belief
 
 _PRIOR, _SIGMA, _SEEN = 0.2, 0.8, 1.3
 _RATIO = math.exp((_SEEN - 0.5) / _SIGMA**2)  # e^1.25
@@ -745,13 +544,13 @@ def _belief(prior: float, exponent: float) -> float:
     return odds / (1 + odds)
 
 
-_POSTERIOR = value(
+exercise_3_4 = value(
     "3.4",
-    hint="Three steps: the likelihood ratio is exp((x - ½) / σ²); the odds are prior / (1 - prior); the new odds are the old "
-    "odds times the ratio. A probability is odds / (1 + odds).",
+    hint="Three steps: the likelihood ratio is exp((x - ½) / σ²); the odds are prior / (1 - prior); the new odds are "
+    "the old odds times the ratio. A probability is odds / (1 + odds).",
     answer=_belief(_PRIOR, (_SEEN - 0.5) / _SIGMA**2),
     share=True,
-    wrong=(
+    wrong=[
         Wrong(
             _RATIO,
             "that is the likelihood ratio. It says how much the observation speaks for you, not yet what the attacker "
@@ -759,14 +558,13 @@ _POSTERIOR = value(
         ),
         Wrong(
             _belief(0.5, (_SEEN - 0.5) / _SIGMA**2),
-            "you started from a prior of ½. This attacker thought 0.2 before the look, so the odds were 1 to 4, not "
-            "1 to 1.",
+            "you started from a prior of ½. This attacker thought 0.2 before the look, so the odds were 1 to 4, not 1 "
+            "to 1.",
         ),
         Wrong(
             _belief(_PRIOR, (_SEEN - 0.5) / _SIGMA),
             "you divided by σ where σ² belongs: the exponent of a Gaussian has the *variance*. With σ below 1 this "
-            "makes the "
-            "noise look better than it is.",
+            "makes the noise look better than it is.",
         ),
         Wrong(
             _belief(_PRIOR, _SEEN - 0.5),
@@ -785,25 +583,23 @@ _POSTERIOR = value(
         Wrong(
             _belief(_PRIOR, -(_SEEN - 0.5) / _SIGMA**2),
             "your ratio is upside down: the likelihood *with* you stands above the one *without* you. An observation "
-            "beyond "
-            "½ must make the attacker believe more in you, not less.",
+            "beyond ½ must make the attacker believe more in you, not less.",
         ),
         Wrong(
             _PRIOR * _RATIO,
-            "you multiplied the *probability* by the ratio. Bayes' rule multiplies the *odds*, 0.2 to 0.8; otherwise "
-            "a larger "
-            "ratio would lead to a probability above 1.",
+            "you multiplied the *probability* by the ratio. Bayes' rule multiplies the *odds*, 0.2 to 0.8; otherwise a "
+            "larger ratio would lead to a probability above 1.",
         ),
         Wrong(_PRIOR / (1 - _PRIOR) * _RATIO, "these are the odds, 0.87 to 1. The probability is odds / (1 + odds)."),
         Wrong(
             _PRIOR,
             "that is the prior: the observation has changed nothing for you. It speaks for you, by a ratio above 3.",
         ),
-    ),
+    ],
     praise="the ratio 3.49 lifts the odds from 1 : 4 to 0.87 : 1, and that is a probability of 0.47.",
-    solution="Ratio: exp((1.3 - ½) / 0.8²) = exp(1.25) ≈ 3.49. Odds before: 0.2 / 0.8 = 0.25. Odds after: 0.25 · 3.49 ≈ 0.873. "
-    "Probability after: 0.873 / 1.873 ≈ **0.466**.\n\n```python\n"
-    "answer_3_4 = posterior(1.3, noise_multiplier=0.8, prior=0.2)\n```",
+    solution="Ratio: exp((1.3 - ½) / 0.8²) = exp(1.25) ≈ 3.49. Odds before: 0.2 / 0.8 = 0.25. Odds after: 0.25 · 3.49 "
+    "≈ 0.873. Probability after: 0.873 / 1.873 ≈ **0.466**.\n\n```python\nanswer_3_4 = posterior(1.3, "
+    "noise_multiplier=0.8, prior=0.2)\n```",
 )
 
-EXERCISES = [_NOISY_MEAN, _POISSON_BATCH, _NEIGHBOURS, _POSTERIOR]
+EXERCISES = [exercise_3_1, exercise_3_2, exercise_3_3, exercise_3_4]

@@ -3,13 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from dpteach.accounting import Ledger, epsilon
 from dpteach.data import two_moons
 from dpteach.exercises.core import (
     Complaint,
@@ -17,13 +17,161 @@ from dpteach.exercises.core import (
     Verdict,
     Wrong,
     as_number,
+    as_numbers,
+    attempted,
+    changed,
     choose,
-    not_attempted,
     observed,
+    open_ended,
     unattempted,
     value,
 )
+from dpteach.ledger import Ledger
 from dpteach.models import mlp
+
+# 5.1: what ε depends on
+
+exercise_5_1 = choose(
+    "5.1",
+    hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for the "
+    "model to matter?",
+    answer="c",
+    wrong=[
+        Wrong(
+            "a",
+            "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the big model has "
+            "a norm of at most C per record, like that of the small one: one vector, however many numbers it has.",
+        ),
+        Wrong(
+            "b",
+            "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow with the number "
+            "of weights. That costs accuracy. But your record still moves the vector by at most C, in one direction, "
+            "and σ hides this move.",
+        ),
+        Wrong(
+            "d",
+            "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst case, over all "
+            "models and all attacks: it does not look at the model, so it can't be lower for one of them.",
+        ),
+    ],
+    praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, "
+    "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, and nothing "
+    "else.",
+    solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed from. "
+    "The model decides how well the *same* ε lets you learn.",
+)
+
+# 5.2: the noise for a budget
+
+exercise_5_2 = value(
+    "5.2",
+    hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / ⌈n / "
+    "batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
+    "`optimizer.noise_multiplier`.",
+    answer=0.997,
+    wrong=[
+        Wrong(
+            1.048,
+            "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you need. PRV, "
+            "PrivacyEngine's default, is content with less.",
+        ),
+        Wrong(0.671, "this σ is right for one epoch. The budget is for the whole run: 20 epochs of 79 steps."),
+        Wrong(
+            0.617,
+            "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and each of them "
+            "costs.",
+        ),
+        Wrong(
+            0.721,
+            "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to be enough. The "
+            "task asks for δ = 1e-5.",
+        ),
+        Wrong(
+            0.449,
+            "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability 1 / 79 here.",
+        ),
+        Wrong(
+            0.946,
+            "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. Take PRV, at δ = "
+            "1e-5.",
+        ),
+        Wrong(1.139, "this σ keeps the budget, but by RDP with the conversion of 2017: more noise than you need."),
+        Wrong(
+            0.655,
+            "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: one over the "
+            "number of batches.",
+        ),
+        Wrong(0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = 1/79."),
+        Wrong(
+            2.808,
+            "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask for all 20 · 79 "
+            "steps at once.",
+        ),
+        Wrong(11.202, "you counted a step for each record. A step takes a whole batch: an epoch has 79."),
+        Wrong(
+            59.378,
+            "you charged every step as if it used all the records (q = 1). Sampling makes a step much cheaper: q = "
+            "1/79.",
+        ),
+    ],
+    praise="σ is about 1.00: the talk's noise multiplier, at twice its epochs, costs ε = 3.",
+    solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. "
+    "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
+)
+
+# 5.3: the divisor tells how many records there are
+
+
+def divisor(n, batch_size):
+    """What Opacus divides the noisy sum by: n·q, rounded down, with q = 1 / ⌈n / batch_size⌉."""
+    return int(n * (1 / math.ceil(n / batch_size)))
+
+
+def _doubling(answer: Any) -> str | tuple[str, dict[str, float]]:
+    pair = as_numbers(answer, 2)
+    if pair is None or not all(abs(x) < 1e9 and x == int(x) for x in pair):
+        return "not two"
+    n, batch_size = map(int, pair)
+    if n < 100 or batch_size < 10:
+        return "too small"
+    if batch_size > n:
+        return "too large"
+    before, after = divisor(n, batch_size), divisor(n + 1, batch_size)
+    if after <= 0.55 * before:
+        return "right", {"before": before, "after": after}
+    return "not half" if n % batch_size == 0 else "no new batch"
+
+
+exercise_5_3 = open_ended(
+    "5.3",
+    hint="The number of batches is ⌈n / batch_size⌉. For which n does one record more add a batch? And where does one "
+    "batch more matter most: where there are many, or few?",
+    reference=(256, 256),
+    describe=_doubling,
+    wrong={
+        "no new batch": Wrong(
+            (513, 256),
+            "n + 1 records make as many batches as n records here, so the divisor hardly changes. Find an n for which "
+            "the next record needs a batch of its own.",
+        ),
+        "not half": Wrong(
+            (512, 256),
+            "the next record adds a batch, and the divisor falls. But it does not fall to half: from two batches to "
+            "three, say, it falls by a third. Take fewer batches.",
+        ),
+        "too small": Wrong(
+            (7, 7),
+            "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the "
+            "effect.",
+        ),
+        "too large": Wrong((256, 512), "the batch can't be larger than the data: batch_size must be at most n."),
+        "not two": Wrong(256, "the answer must be a pair of whole numbers below a billion, (n, batch_size)."),
+    },
+    praise="one record more, and the divisor goes from {before} to {after}. The noise on the step doubles with it, so "
+    "whoever looks at the steps learns that this record joined.",
+    solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by 128: "
+    "the noise on each step is twice as long because one record joined. Any n = batch_size does it.",
+)
 
 # 5.4: a script that only looks private
 
@@ -61,18 +209,6 @@ def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, e
     return engine.get_epsilon(delta=target_delta)  # at the δ that was asked for
 
 
-def _parts(model, data, batch_size):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
-    return loader, torch.optim.SGD(model.parameters(), lr=0.05)
-
-
-def _epoch(model, optimizer, loader):
-    for X, y in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), y).backward()
-        optimizer.step()
-
-
 def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
     train_loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -92,254 +228,156 @@ def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm,
     return engine.get_epsilon(delta=1 / len(private_loader))
 
 
-def old_loader(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, optimizer, _ = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=target_delta)
+def epoch(*moves, skip_empty=False):
+    """An epoch that makes these moves on each batch, if not the right ones."""
 
-
-def engine_by_epoch(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    for _ in range(epochs):
-        engine = PrivacyEngine()
-        model, optimizer, loader = engine.make_private(
-            module=model,
-            optimizer=optimizer,
-            data_loader=loader,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-        )
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def delta_of_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=1 / len(loader))
-
-
-def old_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, _, loader = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def forgets_zero_grad(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    for _ in range(epochs):
+    def train(model, optimizer, loader):
         for X, y in loader:
-            F.cross_entropy(model(X), y).backward()
-            optimizer.step()
-    return engine.get_epsilon(delta=target_delta)
-
-
-def asks_too_early(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    _epoch(model, optimizer, loader)
-    spent = engine.get_epsilon(delta=target_delta)
-    for _ in range(epochs - 1):
-        _epoch(model, optimizer, loader)
-    return spent
-
-
-def noise_times_norm(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier * max_grad_norm,
-        max_grad_norm=max_grad_norm,
-    )
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def without_engine(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader, optimizer = _parts(model, data, batch_size)
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return epsilon(
-        noise_multiplier=noise_multiplier,
-        sample_rate=1 / len(loader),
-        steps=epochs * len(loader),
-        target_delta=target_delta,
-        accountant="rdp",
-    )
-
-
-def _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="prv", **others):
-    loader, optimizer = _parts(model, data, batch_size)
-    engine = PrivacyEngine(accountant=accountant)
-    return engine, *engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        data_loader=loader,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        **others,
-    )
-
-
-def not_poisson(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(
-        PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, poisson_sampling=False
-    )
-    for _ in range(epochs):
-        _epoch(*private)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def skips_empty_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, model, optimizer, loader = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size)
-    for _ in range(epochs):
-        for X, y in loader:
-            if len(X) == 0:
+            if skip_empty and len(X) == 0:
                 continue
-            optimizer.zero_grad()
-            F.cross_entropy(model(X), y).backward()
-            optimizer.step()
-    return engine.get_epsilon(delta=target_delta)
+            for move in moves or ("zero_grad", "backward", "step"):
+                if move == "backward":
+                    F.cross_entropy(model(X), y).backward()
+                else:
+                    getattr(optimizer, move)()
+
+    return train
 
 
-def delta_of_records(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, 1 / len(data))
+EPOCH = epoch()
 
 
-def delta_left_alone(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, 1e-5)
+def script(train=EPOCH, *, use=lambda old, new: new, engine_by_epoch=False, ask_after=None, **settings):
+    """An answer that trains otherwise, on what it uses of the old and the new parts, or with its own ``settings``."""
+
+    def answer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
+        loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
+        old = new = model, torch.optim.SGD(model.parameters(), lr=0.05), loader
+        given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **settings}
+        for k in range(epochs):
+            if k == 0 or engine_by_epoch:
+                engine = PrivacyEngine()
+                new = engine.make_private(module=new[0], optimizer=new[1], data_loader=new[2], **given)
+            train(*use(old, new))
+            if k + 1 == (ask_after or epochs):
+                spent = engine.get_epsilon(delta=target_delta)
+        return spent
+
+    return answer
 
 
-def one_epoch_only(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, 1, batch_size, target_delta)
+class _NoEngine:
+    """Leaves all as it is: a loop that was never made private."""
+
+    def make_private(self, module, optimizer, data_loader, **_):
+        return module, optimizer, data_loader
+
+    def get_epsilon(self, delta):
+        return 1.0
 
 
-def norm_of_one(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    return train_private(PrivacyEngine, model, data, noise_multiplier, 1.0, epochs, batch_size, target_delta)
-
-
-def by_no_bound(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, *private = _private(
-        PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size, accountant="gdp"
-    )
-    for _ in range(epochs):
-        _epoch(*private)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def new_optimizer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, model, _, loader = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(epochs):
-        _epoch(model, optimizer, loader)
-    return engine.get_epsilon(delta=target_delta)
-
-
-def clears_too_late(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    engine, model, optimizer, loader = _private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, batch_size)
-    for _ in range(epochs):
-        for X, y in loader:
-            F.cross_entropy(model(X), y).backward()
-            optimizer.zero_grad()
-            optimizer.step()
-    return engine.get_epsilon(delta=target_delta)
-
-
-def other_batches(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    batch_size *= 2
-    return train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta)
-
-
-def rounds_the_answer(*args):
-    return round(train_private(*args), 2)
-
-
-_SENTENCES = {
-    "no engine": "no make_private was called: the loop trains without clipping and without noise, whatever ε it "
-    "returns.",
-    "old optimizer": "you step the optimizer that you had before make_private. It neither clips nor adds noise, and "
-    "the engine counts none of its steps. Step the one that make_private returned.",
-    "other optimizer": "something moves the weights beside the private steps: a new optimizer, or your own update. It "
-    "neither clips nor adds noise, and the engine counts none of it. Step the optimizer that "
-    "make_private returned, and nothing else.",
-    "not Poisson": "with poisson_sampling=False the loader shuffles and takes every record once. The ε that is "
-    "printed is for Poisson batches: it does not hold for yours. Leave the argument out.",
-    "old loader": "you train on the loader that you had before make_private. Its batches are not Poisson batches, so "
-    "the ε that is printed does not hold. Loop over the one that make_private returned.",
-    "old criterion": "ghost clipping happens in the criterion that make_private returned. With another one, nothing "
-    "is clipped.",
-    "batch size": "your loader has not the batch_size of your function: it samples at another rate, at another price.",
-    "many engines": "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch "
-    "only. Make one engine before the loop, and call make_private once.",
-    "no zero_grad": "you do not clear the gradients between two steps. What an older batch left behind would count "
-    "again: Opacus refuses to step. Call optimizer.zero_grad() in each step.",
-    "no gradient": "you step without gradients: zero_grad() has cleared them before step(), or backward() is missing. "
-    "The order is zero_grad, backward, step.",
-    "noise": "make_private got another noise_multiplier than your function. The noise multiplier is σ alone: "
-    "Opacus multiplies it by C itself.",
-    "norm": "make_private got another max_grad_norm than your function.",
-    "skips empty": "you skip the batches without records. A step that takes nobody must add its noise too: else "
-    "whoever counts the steps sees that the batch was empty, and the engine has counted a step too few.",
-    "steps": "your function does not train for all of its epochs: the number of private steps is not epochs times the "
-    "number of batches.",
-    "delta": "you ask for ε at another δ than target_delta. One over the number of *batches* is far above one over "
-    "the number of records; at such a δ, ε looks small and promises little.",
-    "delta of records": "you ask for ε at δ = 1/n. A mechanism that publishes one random record outright has exactly "
-    "that δ. Ask at target_delta.",
-    "other delta": "you ask for ε at a δ of your own. A number that is told at one δ says nothing at another: ask at "
-    "target_delta.",
-    "early": "you ask for ε before the training is over. The steps that follow cost too: ask after the last one.",
-    "no bound": "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine "
-    "use its default.",
-    "rounded": "you round ε. Rounded down, it promises more than was kept: return the number as it is, and round when "
-    "you print.",
-    "other number": "the number that you return is not the ε of this training, whether by PRV or by RDP.",
+FAULTS = {
+    "no engine": Wrong(
+        changed(train_private, PrivacyEngine=lambda run: _NoEngine),
+        "no make_private was called: the loop trains without clipping and without noise, whatever ε it returns.",
+    ),
+    "old optimizer": Wrong(
+        script(use=lambda old, new: (new[0], old[1], new[2])),
+        "you step the optimizer that you had before make_private. It neither clips nor adds noise, and the engine "
+        "counts none of its steps. Step the one that make_private returned.",
+    ),
+    "other optimizer": Wrong(
+        script(use=lambda old, new: (new[0], torch.optim.SGD(new[0].parameters(), lr=0.05), new[2])),
+        "something moves the weights beside the private steps: a new optimizer, or your own update. It neither clips "
+        "nor adds noise, and the engine counts none of it. Step the optimizer that make_private returned, and nothing "
+        "else.",
+    ),
+    "not Poisson": Wrong(
+        script(poisson_sampling=False),
+        "with poisson_sampling=False the loader shuffles and takes every record once. The ε that is printed is for "
+        "Poisson batches: it does not hold for yours. Leave the argument out.",
+    ),
+    "old loader": Wrong(
+        script(use=lambda old, new: (*new[:2], old[2])),
+        "you train on the loader that you had before make_private. Its batches are not Poisson batches, so the ε that "
+        "is printed does not hold. Loop over the one that make_private returned.",
+    ),
+    "old criterion": Wrong(
+        script(
+            use=lambda old, new: (*new[:2], new[3]), grad_sample_mode="ghost", criterion=torch.nn.CrossEntropyLoss()
+        ),
+        "ghost clipping happens in the criterion that make_private returned. With another one, nothing is clipped.",
+    ),
+    "batch size": Wrong(
+        changed(train_private, batch_size=lambda run: 2 * run.batch_size),
+        "your loader has not the batch_size of your function: it samples at another rate, at another price.",
+    ),
+    "many engines": Wrong(
+        script(engine_by_epoch=True),
+        "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch only. Make "
+        "one engine before the loop, and call make_private once.",
+    ),
+    "no zero_grad": Wrong(
+        script(epoch("backward", "step")),
+        "you do not clear the gradients between two steps. What an older batch left behind would count again: Opacus "
+        "refuses to step. Call optimizer.zero_grad() in each step.",
+    ),
+    "no gradient": Wrong(
+        script(epoch("backward", "zero_grad", "step")),
+        "you step without gradients: zero_grad() has cleared them before step(), or backward() is missing. The order "
+        "is zero_grad, backward, step.",
+    ),
+    "noise": Wrong(
+        changed(train_private, noise_multiplier=lambda run: run.noise_multiplier * run.max_grad_norm),
+        "make_private got another noise_multiplier than your function. The noise multiplier is σ alone: Opacus "
+        "multiplies it by C itself.",
+    ),
+    "norm": Wrong(
+        changed(train_private, max_grad_norm=1.0), "make_private got another max_grad_norm than your function."
+    ),
+    "skips empty": Wrong(
+        script(epoch(skip_empty=True)),
+        "you skip the batches without records. A step that takes nobody must add its noise too: else whoever counts "
+        "the steps sees that the batch was empty, and the engine has counted a step too few.",
+    ),
+    "steps": Wrong(
+        changed(train_private, epochs=1),
+        "your function does not train for all of its epochs: the number of private steps is not epochs times the "
+        "number of batches.",
+    ),
+    "delta": Wrong(
+        changed(train_private, target_delta=lambda run: 1 / math.ceil(len(run.data) / run.batch_size)),
+        "you ask for ε at another δ than target_delta. One over the number of *batches* is far above one over the "
+        "number of records; at such a δ, ε looks small and promises little.",
+    ),
+    "delta of records": Wrong(
+        changed(train_private, target_delta=lambda run: 1 / len(run.data)),
+        "you ask for ε at δ = 1/n. A mechanism that publishes one random record outright has exactly that δ. Ask at "
+        "target_delta.",
+    ),
+    "other delta": Wrong(
+        changed(train_private, target_delta=1e-5),
+        "you ask for ε at a δ of your own. A number that is told at one δ says nothing at another: ask at "
+        "target_delta.",
+    ),
+    "early": Wrong(
+        script(ask_after=1),
+        "you ask for ε before the training is over. The steps that follow cost too: ask after the last one.",
+    ),
+    "no bound": Wrong(
+        changed(train_private, PrivacyEngine=lambda run: partial(run.PrivacyEngine, accountant="gdp")),
+        "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine use its "
+        "default.",
+    ),
+    "rounded": Wrong(
+        lambda *args: round(train_private(*args), 2),
+        "you round ε. Rounded down, it promises more than was kept: return the number as it is, and round when you "
+        "print.",
+    ),
+    "other number": Wrong(
+        lambda *args: 2 * train_private(*args),
+        "the number that you return is not the ε of this training, whether by PRV or by RDP.",
+    ),
 }
 
 
@@ -347,8 +385,8 @@ class _Notes:
     """What the engines, optimizers and loaders of one training have done."""
 
     def __init__(self) -> None:
-        self.engines: list = []  # all that were made
-        self.made: list[dict] = []  # the arguments of each make_private
+        self.engines: list = []  # all of them
+        self.calls: list[dict] = []  # the arguments of each make_private
         self.batches: list[list[int]] = []  # of each batch: its records, and the private steps before the next one
         self.asked: list[tuple[float, int, float]] = []  # δ, private steps so far, ε
         self.steps = self.all_steps = 0  # private ones; those of the learner's optimizer
@@ -359,13 +397,13 @@ class _Notes:
     def look(self) -> None:
         self.others |= any(not torch.equal(w.nan_to_num(), last.nan_to_num()) for w, last in self.weights.items())
 
-    def heard(self, criterion: Callable) -> Callable:
-        def listening(*args, **settings):
+    def counted(self, criterion: Callable) -> Callable:
+        def counting(*args, **settings):
             self.losses += 1
             return criterion(*args, **settings)
 
         self.losses = 0
-        return listening
+        return counting
 
     def private_step(self) -> None:
         self.look()
@@ -399,9 +437,9 @@ def _engine(notes: _Notes) -> type:
         def __init__(self, **settings) -> None:
             super().__init__(**settings)
             notes.engines.append(self)
-            self.accountant.get_epsilon = self.told
+            self.accountant.get_epsilon = self.spent
 
-        def told(self, delta, **_):
+        def spent(self, delta, **_):
             accountant = "gdp" if self.accountant.mechanism() == "gdp" else "rdp"  # PRV would take a second each time
             notes.asked.append((delta, notes.steps, _price([self], delta, accountant)))
             return notes.asked[-1][-1]
@@ -413,20 +451,20 @@ def _engine(notes: _Notes) -> type:
             model, optimizer, *criterion, loader = super().make_private(**args)
             count = optimizer.step_hook
             optimizer.attach_step_hook(lambda optimizer: (count(optimizer), notes.private_step()))
-            if not notes.made:
+            if not notes.calls:
                 optimizer.original_optimizer.register_step_post_hook(notes.after_step)
                 notes.weights = {w: w.detach().clone() for w in model.parameters()}
-            notes.made.append(args)
+            notes.calls.append(args)
             if args.get("poisson_sampling", True):
                 batches = Batches(loader.batch_sampler)
                 loader = DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
-            return model, optimizer, *map(notes.heard, criterion), loader  # a criterion with ghost clipping only
+            return model, optimizer, *map(notes.counted, criterion), loader  # a criterion with ghost clipping only
 
     return Recording
 
 
 def _train(fn: Callable, args: tuple) -> Any:
-    """What is wrong with the training or its ε: keys of _SENTENCES."""
+    """What is wrong with the training or its ε: keys of FAULTS."""
     *given, asked = args
     notes = _Notes()
     engine = _engine(notes)
@@ -437,28 +475,26 @@ def _train(fn: Callable, args: tuple) -> Any:
     except ValueError as error:  # Opacus refuses to step
         refusals = {"cleared": "no zero_grad", "accumulation": "no zero_grad", "not initialized": "no gradient"}
         refusal = next((fault for words, fault in refusals.items() if words in str(error)), None)
-        if refusal is None or not notes.made:
+        if refusal is None or not notes.calls:
             raise
         notes.look()
         # The zero_grad of another optimizer does not reach Opacus' own gradients.
         causes = {"old optimizer", "other optimizer", "skips empty"}
         return [fault for fault in _faults_of_training(notes, asked) if fault in causes] or [refusal]
-    if unattempted(spent):
-        if notes.engines:
-            raise Complaint("your function trains, and returns nothing. End it with `return`, and ε.")
-        return spent
-    number = as_number(spent)
+    if notes.engines and unattempted(spent):
+        raise Complaint("your function trains, and returns nothing. End it with `return`, and ε.")
+    number = as_number(attempted(spent))
     if number is None:
         raise Complaint(f"your function must return ε, a number, got a {type(spent).__name__}.")
-    if not notes.made:
+    if not notes.calls:
         return ["no engine"]
     notes.look()
     return _faults_of_training(notes, asked) + (_faults_of_number(notes, asked, number) if notes.steps else [])
 
 
 def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
-    first = notes.made[0]
-    poisson = all(args.get("poisson_sampling", True) for args in notes.made)
+    first = notes.calls[0]
+    poisson = all(args.get("poisson_sampling", True) for args in notes.calls)
     old_optimizer = notes.all_steps > notes.steps
     skipped = any(steps for _, steps in notes.batches) and any(size == steps == 0 for size, steps in notes.batches[:-1])
     faults = {
@@ -469,8 +505,8 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
         "old criterion": notes.losses < notes.steps,
         "batch size": first["data_loader"].batch_size not in (asked.batch_size, None),
         "many engines": sum(bool(engine.accountant.history) for engine in notes.engines) > 1,
-        "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.made),
-        "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.made),
+        "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.calls),
+        "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.calls),
         "skips empty": skipped,
         "steps": not (skipped or old_optimizer or notes.others)
         and notes.steps != asked.epochs * len(first["data_loader"]),
@@ -488,21 +524,20 @@ def _price(engines: list, delta: float, accountant: str) -> float:
 
 def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
     """What is wrong with the ε that was returned, by an engine or by the learner's own call of an accountant."""
-    batches = len(notes.made[0]["data_loader"])
+    batches = len(notes.calls[0]["data_loader"])
     names = {asked.target_delta: None, 1 / batches: "delta", 1 / asked.n: "delta of records"}
 
     def close(other: float) -> bool:
         return math.isclose(number, other, rel_tol=1e-4)
 
-    told = [
+    asked_for = [
         (names.get(delta, "other delta"), "early" if steps < notes.steps else None)
         for delta, steps, spent in notes.asked
         if close(spent)
     ]
-    told = min(([fault for fault in faults if fault] for faults in told), key=len, default=None)
     gdp = any(engine.accountant.mechanism() == "gdp" for engine in notes.engines)
-    if told is not None:
-        return told + ["no bound"] * gdp
+    if asked_for:
+        return min(([fault for fault in faults if fault] for faults in asked_for), key=len) + ["no bound"] * gdp
     for accountant in ("rdp", "prv", "gdp"):
         for delta, name in {1e-5: "other delta", **names}.items():
             if close(_price(notes.engines, delta, accountant)):
@@ -511,204 +546,31 @@ def _faults_of_number(notes: _Notes, asked: Asked, number: float) -> list[str]:
     return ["rounded" if rounded else "other number"]
 
 
-def _say(*faults: str) -> str:
-    return " Besides: ".join(_SENTENCES[fault] for fault in faults)
+def _sentence(*faults: str) -> str:
+    return " Besides: ".join(FAULTS[fault].message for fault in faults)
 
 
-def _examine(fn):
-    if not callable(fn):
-        return Verdict(False, f"the answer must be a function, got {type(fn).__name__}.")
+def _examine(fn: Callable) -> Verdict:
     for asked in ASKED:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             faults = observed(_train, fn, (mlp(), two_moons(asked.n), asked))
-        if unattempted(faults):
-            return not_attempted()
         if faults:
-            return Verdict(False, _say(*faults))
+            return Verdict(False, _sentence(*faults))
     return Verdict(
         True,
-        "all three objects are the returned ones, one engine has counted every step, and ε is told "
-        "at the δ that was asked for.",
+        "all three objects are the returned ones, one engine has counted every step, and ε is told at the δ that was "
+        "asked for.",
     )
 
 
-# 5.3: the divisor tells how many records there are
-
-_NOT_TWO = "the answer must be a pair of whole numbers below a billion, (n, batch_size)."
-_TOO_SMALL = (
-    "take n of at least 100 and batch_size of at least 10. With a handful of records, rounding hides the effect."
-)
-_TOO_LARGE = "the batch can't be larger than the data: batch_size must be at most n."
-_NO_NEW_BATCH = (
-    "n + 1 records make as many batches as n records here, so the divisor hardly changes. Find an n for "
-    "which the next record needs a batch of its own."
-)
-_NOT_HALF = (
-    "the next record adds a batch, and the divisor falls. But it does not fall to half: from two batches to "
-    "three, say, it falls by a third. Take fewer batches."
+exercise_5_4 = Exercise(
+    "5.4",
+    hint="Three lines are at fault: one stands inside the loop and should stand before it, one uses an object that was "
+    "replaced, one asks at the wrong δ.",
+    reference=train_private,
+    examine=_examine,
+    wrong=(Wrong(as_it_was_given, _sentence("old loader", "many engines", "delta")), *FAULTS.values()),
 )
 
-
-def divisor(n, batch_size):
-    """What Opacus divides the noisy sum by: n·q, rounded down, with q = 1 / ⌈n / batch_size⌉."""
-    return int(n * (1 / math.ceil(n / batch_size)))
-
-
-def _examine_divisor(answer):
-    try:
-        pair = [as_number(x) for x in answer]
-    except TypeError:
-        pair = []
-    if len(pair) != 2 or not all(x is not None and abs(x) < 1e9 and x == int(x) for x in pair):
-        return Verdict(False, _NOT_TWO)
-    n, batch_size = map(int, pair)
-    if n < 100 or batch_size < 10:
-        return Verdict(False, _TOO_SMALL)
-    if batch_size > n:
-        return Verdict(False, _TOO_LARGE)
-    if divisor(n + 1, batch_size) <= 0.55 * divisor(n, batch_size):
-        return Verdict(
-            True,
-            f"one record more, and the divisor goes from {divisor(n, batch_size)} to {divisor(n + 1, batch_size)}. "
-            "The noise on the step doubles with it, so whoever looks at the steps learns that this record joined.",
-        )
-    return Verdict(False, _NOT_HALF if n % batch_size == 0 else _NO_NEW_BATCH)
-
-
-EXERCISES = [
-    choose(
-        "5.1",
-        hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for "
-        "the model to matter?",
-        answer="c",
-        wrong=[
-            Wrong(
-                "a",
-                "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the "
-                "big model has a norm of at most C per record, like that of the small one: one vector, "
-                "however many numbers it has.",
-            ),
-            Wrong(
-                "b",
-                "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow "
-                "with the number of weights. That costs accuracy. But your record still moves the vector by "
-                "at most C, in one direction, and σ hides this move.",
-            ),
-            Wrong(
-                "d",
-                "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst "
-                "case, over all models and all attacks: it does not look at the model, so it can't be lower "
-                "for one of them.",
-            ),
-        ],
-        praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, "
-        "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, "
-        "and nothing else.",
-        solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed "
-        "from. The model decides how well the *same* ε lets you learn.",
-    ),
-    value(
-        "5.2",
-        hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / "
-        "⌈n / batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
-        "`optimizer.noise_multiplier`.",
-        answer=0.997,
-        wrong=[
-            Wrong(
-                1.048,
-                "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you "
-                "need. PRV, PrivacyEngine's default, is content with less.",
-            ),
-            Wrong(0.671, "this σ is right for one epoch. The budget is for the whole run: 20 epochs of 79 steps."),
-            Wrong(
-                0.617,
-                "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and "
-                "each of them costs.",
-            ),
-            Wrong(
-                0.721,
-                "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to "
-                "be enough. The task asks for δ = 1e-5.",
-            ),
-            Wrong(
-                0.449,
-                "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability "
-                "1 / 79 here.",
-            ),
-            Wrong(
-                0.946,
-                "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. "
-                "Take PRV, at δ = 1e-5.",
-            ),
-            Wrong(1.139, "this σ keeps the budget, but by RDP with the conversion of 2017: more noise than you need."),
-            Wrong(
-                0.655,
-                "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: "
-                "one over the number of batches.",
-            ),
-            Wrong(
-                0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = 1/79."
-            ),
-            Wrong(
-                2.808,
-                "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask "
-                "for all 20 · 79 steps at once.",
-            ),
-            Wrong(11.202, "you counted a step for each record. A step takes a whole batch: an epoch has 79."),
-            Wrong(
-                59.378,
-                "you charged every step as if it used all the records (q = 1). Sampling makes a step much "
-                "cheaper: q = 1/79.",
-            ),
-        ],
-        praise="σ is about 1.00: the talk's noise multiplier, at twice its epochs, costs ε = 3.",
-        solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. "
-        "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
-    ),
-    Exercise(
-        "5.3",
-        hint="The number of batches is ⌈n / batch_size⌉. For which n does one record more add a batch? And where does "
-        "one batch more matter most: where there are many, or few?",
-        reference=(256, 256),
-        examine=_examine_divisor,
-        wrong=(
-            Wrong((513, 256), _NO_NEW_BATCH),
-            Wrong((512, 256), _NOT_HALF),
-            Wrong((7, 7), _TOO_SMALL),
-            Wrong((256, 512), _TOO_LARGE),
-            Wrong(256, _NOT_TWO),
-        ),
-        solution="`answer_5_3 = (256, 256)`: 256 records fit in one batch, 257 need two. Opacus divides by 256, or by "
-        "128: the noise on each step is twice as long because one record joined. Any n = batch_size does it.",
-    ),
-    Exercise(
-        "5.4",
-        hint="Three lines are at fault: one stands inside the loop and should stand before it, one uses an object "
-        "that was replaced, one asks at the wrong δ.",
-        reference=train_private,
-        examine=_examine,
-        wrong=(
-            Wrong(as_it_was_given, _say("old loader", "many engines", "delta")),
-            Wrong(old_loader, _say("old loader")),
-            Wrong(engine_by_epoch, _say("many engines")),
-            Wrong(delta_of_batches, _say("delta")),
-            Wrong(old_optimizer, _say("old optimizer")),
-            Wrong(forgets_zero_grad, _say("no zero_grad")),
-            Wrong(asks_too_early, _say("early")),
-            Wrong(noise_times_norm, _say("noise")),
-            Wrong(without_engine, _say("no engine")),
-            Wrong(not_poisson, _say("not Poisson")),
-            Wrong(skips_empty_batches, _say("skips empty")),
-            Wrong(delta_of_records, _say("delta of records")),
-            Wrong(delta_left_alone, _say("other delta")),
-            Wrong(one_epoch_only, _say("steps")),
-            Wrong(norm_of_one, _say("norm")),
-            Wrong(by_no_bound, _say("no bound")),
-            Wrong(new_optimizer, _say("other optimizer")),
-            Wrong(clears_too_late, _say("no gradient")),
-            Wrong(other_batches, _say("batch size")),
-            Wrong(rounds_the_answer, _say("rounded")),
-        ),
-    ),
-]
+EXERCISES = [exercise_5_1, exercise_5_2, exercise_5_3, exercise_5_4]

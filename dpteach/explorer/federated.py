@@ -1,62 +1,23 @@
 """Federated averaging, live: each worker's loss and ε by round, and the accuracy of the average."""
 
 import dataclasses
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import ipywidgets as widgets
 from torch import nn
 
 from dpteach._checks import choice
-from dpteach.accounting import epsilon
 from dpteach.data import Data, split
-from dpteach.explorer.live import Pace, Range, Trainer, control_style, diverged, figure, minutes, new_model, slider_for
+from dpteach.explorer.controls import RANGES, Range, Slider, menu, number_text
+from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
-from dpteach.plots import Line, Panel, svg
+from dpteach.plots import Panel
 from dpteach.training import Settings
 
-_FRAME = 0.1  # seconds between two frames
-_ROLES = ("first worker", "second worker", "other worker")
-
-RANGES = {
-    "noise_multiplier": Range(0.3, 10, log=True),
-    "rounds": Range(1, 20, whole=True),
-    "skew": Range(0, 0.99),
-    "share": Range(0.02, 0.98),
-}
+_NOISE = Range(0.3, 10, log=True)  # narrower than where one trains alone
 
 
-@dataclass
-class _Run:
-    """What a run has come to so far."""
-
-    workers: list[Worker]
-    rounds: int
-    places: dict[str, list[float]] = field(default_factory=dict)  # of each loss: 1.5 is the middle of the second round
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    made: list[Round] = field(default_factory=list)
-    turns: int = 0  # steps of all workers
-    takes: str = ""  # how long, where that is worth a sentence
-    exact: dict[str, float] | None = None  # PRV
-    ended: str = ""
-
-    def price(self, worker: Worker, accountant: str) -> float:
-        """ε of all rounds for one worker."""
-        s = worker.settings
-        return epsilon(
-            noise_multiplier=s.noise_multiplier,
-            sample_rate=worker.sample_rate,
-            target_delta=s.target_delta,
-            steps=self.rounds * worker.steps_per_round,
-            accountant=accountant,
-        )
-
-
-class FederatedExplorer(Trainer):
+class FederatedExplorer(LiveTraining):
     """Train two or more private workers and average them, live; moving a slider starts again.
 
     The sliders: the noise multiplier σ of each worker (one for all where there are more than three), the number of
@@ -79,6 +40,7 @@ class FederatedExplorer(Trainer):
         status: the status line's text.
         workers: the :class:`~dpteach.federated.Worker` s of the current run, each with its ledger.
         rounds: the :class:`~dpteach.federated.Round` s that are done.
+        run: all of the current run: :class:`~dpteach.explorer.training.Run`.
         error: the exception that ended the last run, or None.
 
     Raises:
@@ -106,196 +68,123 @@ class FederatedExplorer(Trainer):
             raise ValueError(
                 f"noise_multipliers must hold one number for each of the {len(names)} workers, got {sigmas!r}"
             )
-        self._data, self._make_model, self._settings, self._names = data, make_model, settings, names
-        self._test_data = test_data
+        self._data, self._settings, self._names, self._test_data = data, settings, names, test_data
+        self._classes = class_count(data)
         self._sigma_of = {name: f"noise_multiplier_{name}" if len(names) <= 3 else "noise_multiplier" for name in names}
-        self._run = _Run([], rounds)
 
-        controls: dict[str, widgets.Widget] = {}
+        controls: dict[str, Any] = {}
         for name, sigma in zip(names, sigmas):
-            if self._sigma_of[name] not in controls:
-                said = f"σ of {name}" if len(names) <= 3 else "σ of every worker"
-                controls[self._sigma_of[name]] = slider_for(
-                    self._sigma_of[name], sigma, RANGES["noise_multiplier"], said
-                )
-        controls["rounds"] = slider_for("rounds", rounds, RANGES["rounds"])
-        controls["share"] = slider_for("share", 1 / len(names), RANGES["share"], f"{names[0]}'s share of records")
-        controls["skew"] = slider_for("skew", skew, RANGES["skew"], "label skew")
-        controls["weights"] = widgets.Dropdown(
-            options=[("weighted by records", "size"), ("all the same", "equal")],
-            value=choice("weights", weights, WEIGHTS),
-            description="average",
-            **control_style(),
-        )
-        self._price_line = widgets.HTML()
-        super().__init__(
-            controls, lambda: [*controls.values(), self._start_and_stop(), self._price_line, self._picture]
-        )
+            label = f"σ of {name}" if len(names) <= 3 else "σ of every worker"
+            controls.setdefault(self._sigma_of[name], Slider("noise_multiplier", sigma, _NOISE, label))
+        controls["rounds"] = Slider("rounds", rounds, RANGES["rounds"])
+        controls["share"] = Slider("share", 1 / len(names), RANGES["share"], f"{names[0]}'s share of records")
+        controls["skew"] = Slider("skew", skew, RANGES["skew"], "label skew")
+        averages = [("weighted by records", "size"), ("all the same", "equal")]
+        controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
+        super().__init__(controls, settings, make_model)
+        self._lay_out([*self.controls.values()])
         self.start()
 
     @property
     def workers(self) -> list[Worker]:
-        return list(self._run.workers)
+        """Those of the current run."""
+        return list(self.run.workers)
 
     @property
     def rounds(self) -> list[Round]:
-        return list(self._run.made)
+        """The rounds of the current run that are done."""
+        return list(self.run.history)
 
     def summary(self) -> str:
         """One sentence about the last run: each worker's records, σ and ε, and the accuracy of the average."""
-        run = self._run
+        run = self.run
         if self.error is not None:
             return self.status
-        if not run.made:
+        if not run.history:
             return "No round has been trained yet."
-        told = "; ".join(
-            f"{w.name} ({len(w.data):,} records, σ = {figure(w.settings.noise_multiplier)}): {self._cost(run, w)}"
+        paid = "; ".join(
+            f"{w.name} ({len(w.data):,} records, σ = {number_text(w.settings.noise_multiplier)}): {self._cost(run, w)}"
             for w in run.workers
         )
-        return f"{len(run.made)} rounds. {told}. Test accuracy of the average {run.made[-1].accuracy:.0%}. {run.ended}".strip()
+        reached = f"Test accuracy of the average {run.accuracy:.0%}."
+        return f"{len(run.history)} rounds. {paid}. {reached} {run.ended}".strip()
 
-    def _so_far(self) -> str:
-        return f"round {min(len(self._run.made) + 1, self._run.rounds)} of {self._run.rounds}"
+    def _new_run(self, values: dict[str, Any]) -> Run:
+        others = len(self._names) - 1
+        shares = [values["share"]] + [(1 - values["share"]) / others] * others
+        parts = split(self._data, others + 1, values["skew"], shares, seed=self._settings.seed or 0)
+        workers = []
+        for name, part in zip(self._names, parts):
+            sigma, batch_size = values[self._sigma_of[name]], min(self._settings.batch_size, len(part))
+            settings = dataclasses.replace(self._settings, noise_multiplier=sigma, batch_size=batch_size)
+            workers.append(Worker(name, part, settings))
+        run = Run(self._settings, workers, values["rounds"])
+        for name in self._names:
+            run.epsilons[name].add(0, 0.0)
+        return run
 
-    def _cost(self, run: _Run, worker: Worker) -> str:
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        events = train_steps(run.workers, run.model, run.rounds, weights=values["weights"], test_data=self._test_data)
+        for event in events:
+            run.latest = event
+            if isinstance(event, WorkerStep):
+                run.add_step(event.worker, event.round - 1 + event.step.step / event.step.steps, event.step.loss)
+            else:
+                run.add_record(event, event.round, event.epsilons)
+                if diverged(run.model, self._test_data):
+                    why = "the average is not a number any more. Try a lower learning rate."
+                    run.ended = f"Diverged in round {event.round}: {why}"
+            yield
+
+    def _price_of(self, run: Run) -> str:
+        costs = "; ".join(f"{worker.name} {self._cost(run, worker)}" for worker in run.workers)
+        delta = self._settings.target_delta
+        text = f"Price of all {run.rounds} rounds at δ = {number_text(delta)}: {costs}. "
+        text += "One for each worker: never their sum or mean."
+        tiny = [worker.name for worker in run.workers if delta >= 1 / len(worker.data)]
+        return text + (f" Careful: δ is 1/n or more for {', '.join(tiny)}." if tiny else "")
+
+    def _cost(self, run: Run, worker: Worker) -> str:
         if run.exact is None:
-            return f"ε ≤ {run.price(worker, 'rdp'):.2f} (RDP)"
+            return f"ε ≤ {run.bound[worker.name]:.2f} (RDP)"
         return f"ε = {run.exact[worker.name]:.2f} (PRV)"
 
-    def _new_run(self, values: dict[str, Any]) -> _Run:
-        first = values["share"]
-        others = (1 - first) / (len(self._names) - 1)
-        parts = split(
-            self._data,
-            len(self._names),
-            values["skew"],
-            [first] + [others] * (len(self._names) - 1),
-            seed=self._settings.seed or 0,
-        )
-        return _Run(
-            [
-                Worker(
-                    name,
-                    part,
-                    dataclasses.replace(
-                        self._settings,
-                        noise_multiplier=values[self._sigma_of[name]],
-                        batch_size=min(self._settings.batch_size, len(part)),
-                    ),
-                )
-                for name, part in zip(self._names, parts)
-            ],
-            values["rounds"],
-        )
+    def _place_of(self, run: Run) -> str:
+        return f"round {min(len(run.history) + 1, run.rounds)} of {run.rounds}"
 
-    def _preview(self, values: dict[str, Any], generation: int) -> None:
-        self._show_price(self._new_run(values), generation)
+    def _progress_of(self, run: Run, to_go: str) -> str:
+        event = run.latest
+        if isinstance(event, WorkerStep):
+            step = f"{event.worker}'s step {event.step.step} of {event.step.steps}"
+            return f"Training: round {event.round} of {run.rounds}, {step}{to_go}"
+        return f"Round {len(run.history)} of {run.rounds} averaged: test accuracy {run.accuracy:.0%}"
 
-    def _show_price(self, run: _Run, generation: int) -> None:
-        told = "; ".join(f"{w.name} {self._cost(run, w)}" for w in run.workers)
-        delta = figure(self._settings.target_delta)
-        text = f"Price of all {run.rounds} rounds at δ = {delta}: {told}. One for each worker: never their sum or mean."
-        tiny = [w.name for w in run.workers if self._settings.target_delta >= 1 / len(w.data)]
-        if tiny:
-            text += f" Careful: δ is 1/n or more for {', '.join(tiny)}."
-        with self._changed:
-            if generation == self._generation:
-                self._price_line.value = escape(text + run.takes)
+    def _result_of(self, run: Run) -> str:
+        return f"test accuracy of the average {run.accuracy:.0%}"
 
-    def _work_on(self, values: dict[str, Any], generation: int) -> None:
-        run = self._new_run(values)
-        model = new_model(self._make_model, self._settings.seed)
-        made_so_far = train_steps(run.workers, model, run.rounds, weights=values["weights"], test_data=self._test_data)
-        with self._changed:
-            if generation != self._generation:
-                return
-            self._run = run
-        next_frame, pace, steps = 0.0, Pace(), run.rounds * sum(worker.steps_per_round for worker in run.workers)
-        priced = self._price(generation, lambda: self._make_exact(run, generation))
-        for made in made_so_far:
-            if generation != self._generation:
-                return
-            if isinstance(made, WorkerStep):
-                run.turns += 1
-                left = pace.minutes_left(run.turns, steps)
-                if self._foretell(run, generation, left, steps):
-                    self._show_price(run, generation)
-                at = made.round - 1 + made.step.step / made.step.steps
-                run.places.setdefault(made.worker, []).append(at)
-                run.losses.setdefault(made.worker, []).append(made.step.loss)
-                status = f"Training: round {made.round} of {run.rounds}, {made.worker}'s step {made.step.step} of {made.step.steps}"
-                status += f", {minutes(left)} to go" if left else ""
-            else:
-                run.made.append(made)
-                status = f"Round {made.round} of {run.rounds} averaged: test accuracy {made.accuracy:.0%}"
-                if diverged(model, self._test_data):
-                    run.ended = f"Diverged in round {made.round}: the average is not a number any more. Try a lower learning rate."
-                    break
-            if time.perf_counter() >= next_frame:
-                if not self._show(generation, picture=svg(self._panels_of(run)), status=status, progress=True):
-                    return
-                next_frame = time.perf_counter() + _FRAME
-        self._until(priced.is_set, generation)
-        last = f"Finished: test accuracy of the average {run.made[-1].accuracy:.0%}."
-        self._show(generation, picture=svg(self._panels_of(run)), status=run.ended or last)
-
-    def _make_exact(self, run: _Run, generation: int) -> None:
-        run.exact = {worker.name: run.price(worker, "prv") for worker in run.workers}
-        self._show_price(run, generation)
-
-    def _panels(self) -> list[Panel]:
-        return self._panels_of(self._run)
-
-    def _panels_of(self, run: _Run) -> list[Panel]:
-        width = (0, run.rounds)
-        names = [worker.name for worker in run.workers]
-
-        def look(k: int) -> tuple[str, str, bool]:  # role, label, dashed
-            return _ROLES[min(k, 2)], names[k] if k < 2 else "the others" if k == 2 else "", k % 2 == 1
-
-        losses = [
-            Line(run.places[name], run.losses[name], *look(k)) for k, name in enumerate(names) if name in run.losses
-        ]
-        told = "; ".join(f"{name} {loss:.1f}" for name, loss in (run.made[-1].losses.items() if run.made else ()))
-        panels = [
-            Panel(
-                "Training loss",
-                "round",
-                "loss (batch mean)",
-                losses,
-                f"Loss by round: {told or 'no round is done'} in the last round.",
-                x_range=width,
-            )
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        if not run.workers and plan:
+            run = plan
+        last = run.history[-1] if run.history else None
+        losses = "; ".join(f"{name} {loss:.1f}" for name, loss in last.losses.items()) if last else "no round is done"
+        spent = "; ".join(f"{name} {value:.2f}" for name, value in last.epsilons.items()) if last else "nothing yet"
+        reached = ", ".join(f"{accuracy:.0%}" for accuracy in run.accuracies.ys) or "none yet"
+        loss_alt = f"Loss by round: {losses} in the last round."
+        spent_alt = f"ε by round and worker: {spent} after round {len(run.history)} of {run.rounds}."
+        reached_alt = f"Test accuracy of the average by round: {reached}."
+        average, label, end = [run.accuracies.line("private", "federated")], "share of test records right", run.rounds
+        return [
+            loss_panel(self._lines(run, run.losses), "round", end, loss_alt, self._classes),
+            budget_panel(self._lines(run, run.epsilons), "round", "ε of each worker (RDP bound)", end, spent_alt),
+            Panel("Accuracy of the average", "round", label, average, reached_alt, (0, end), (1 / self._classes, 1)),
         ]
 
-        rounds = [0, *(made.round for made in run.made)]
-        spent = [
-            Line(rounds, [0.0, *(made.epsilons[name] for made in run.made)], *look(k)) for k, name in enumerate(names)
+    def _lines(self, run: Run, curves: dict) -> list:
+        """One a worker: the first two with a colour and a label of their own, the others as one kind."""
+        looks = [("first worker", self._names[0]), ("second worker", self._names[1]), ("other worker", "the others")]
+        looks += [("other worker", "")] * len(self._names)
+        return [
+            curves[worker.name].line(*look, dashed=k % 2 == 1)
+            for k, (worker, look) in enumerate(zip(run.workers, looks))
+            if worker.name in curves
         ]
-        told = "; ".join(f"{name} {value:.2f}" for name, value in (run.made[-1].epsilons.items() if run.made else ()))
-        top = max((run.price(worker, "rdp") for worker in run.workers), default=1.0)
-        panels.append(
-            Panel(
-                "Privacy budget spent",
-                "round",
-                "ε of each worker (RDP bound)",
-                spent,
-                f"ε by round and worker: {told or 'nothing yet'} after round {len(run.made)} of {run.rounds}.",
-                x_range=width,
-                y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1),
-            )
-        )
-
-        reached = [made.accuracy for made in run.made]
-        panels.append(
-            Panel(
-                "Accuracy of the average",
-                "round",
-                "share of test records right",
-                [Line(rounds[1:], reached, "private", "federated")],
-                f"Test accuracy of the average by round: {', '.join(f'{a:.0%}' for a in reached) or 'none yet'}.",
-                x_range=width,
-                y_range=(0, 1),
-            )
-        )
-        return panels

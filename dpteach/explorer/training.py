@@ -1,12 +1,12 @@
-"""An explorer: one training run, live, with the non-private run beside it."""
+"""What the live pictures of a training share: one kind of run, one loop that drains it, one price line."""
 
-import dataclasses
 import functools
-import itertools
 import math
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -16,415 +16,396 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpteach._checks import choice, number
-from dpteach.accounting import epsilon
+from dpteach import models
+from dpteach.accounting import epsilon, epsilon_path
 from dpteach.data import Data
-from dpteach.explorer.live import (
-    RANGES,
-    Pace,
-    Range,
-    Trainer,
-    diverged,
-    figure,
-    folded,
-    minutes,
-    new_model,
-    slider_for,
-    words,
+from dpteach.explorer.accessibility import accessible_box
+from dpteach.explorer.controls import button, in_a_row, number_text, two_columns
+from dpteach.explorer.live import LivePicture
+from dpteach.explorer.numbers import (
+    BANDS,
+    band,
+    epsilon_number,
+    most_believed,
+    odds,
+    odds_in_words,
+    points,
+    tile,
+    tiles,
 )
-from dpteach.plots import Line, Mark, Panel, Points, contour, svg
-from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, delta_warning, train
+from dpteach.explorer.thread import Job
+from dpteach.federated import Round, Worker, WorkerStep
+from dpteach.plots import Line, Panel, Zones, short, svg
+from dpteach.plots.items import array, thin
+from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
 _PATIENCE = 2.0  # seconds into a run after which the slower, tighter ε is computed without waiting for the end
+_LONG = 20_000  # steps; from there on the path of ε is asked at a few
+_TIMED = 0.5  # seconds of a run that tell its speed
+
+
+@dataclass
+class Curve:
+    """A curve that grows: a frame must not walk through thousands of records."""
+
+    xs: list[float] = field(default_factory=list)
+    ys: list[float] = field(default_factory=list)
+
+    def add(self, x: float, y: float) -> None:
+        """One more point."""
+        self.xs.append(x)
+        self.ys.append(y)
+
+    def line(self, role: str, label: str, dashed: bool = False) -> Line:
+        """As it is now, for a panel: it may grow in another thread, x first."""
+        n = len(self.ys)
+        return Line(self.xs[:n], self.ys[:n], role, label, dashed)
+
+    def ghost(self, role: str) -> Line:
+        """As it ended, pale and short, to stand behind the runs that follow."""
+        return Line(*thin(array(self.xs), array(self.ys)), role, ghost=True)
 
 
 @dataclass
 class Run:
-    """What a run has come to so far: all that its pictures and its summary need."""
+    """A training as far as it has come: all that its pictures, its price line and its summary need.
 
-    settings: Settings
-    price: float  # RDP
-    baseline_lr: float = 0.0
-    model: nn.Module | None = None
-    steps: list[Step] = field(default_factory=list)
-    losses: list[float] = field(
-        default_factory=list
-    )  # of the steps: a frame must not walk through thousands of records
-    epsilons: list[float] = field(default_factory=list)
-    baseline: list[Step] = field(default_factory=list)
-    baseline_losses: list[float] = field(default_factory=list)
-    baseline_boundary: tuple | None = None
-    exact: float | None = None  # PRV
-    takes: str = ""  # how long, where that is worth a sentence
-    ended: str = ""
+    An explorer's run has one worker and one round. The run without privacy beside it is a run too.
+    """
+
+    settings: Settings  # of all workers, but for a σ of their own
+    workers: list[Worker] = field(default_factory=list)  # who trains, and pays; none before the first run
+    rounds: int = 1
+    model: Any = None  # made when it begins
+    history: list[Any] = field(default_factory=list)  # the Steps, or the Rounds
+    latest: Step | WorkerStep | Round | None = None
+    steps_done: int = 0  # of all workers
+    losses: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by worker's name
+    epsilons: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # spent so far, by RDP
+    accuracies: Curve = field(default_factory=Curve)  # at the end of an epoch, or a round
+    exact: dict[str, float] | None = None  # ε of the whole run by worker's name, by PRV
+    baseline: "Run | None" = None  # without privacy
+    boundary: tuple[np.ndarray, np.ndarray] | None = None  # between two classes in the plane, where the run is over
+    duration: str = ""  # a sentence, where it is worth one
+    ended: str = ""  # why, before its last step
+    before: tuple[float | None, float, float] | None = None  # the numbers of the run before it
+
+    @property
+    def steps(self) -> int:
+        """How many the whole run has, of all workers."""
+        return self.rounds * sum(worker.steps_per_round for worker in self.workers)
+
+    @property
+    def private(self) -> bool:
+        """Whether somebody trains privately, so that there is a price."""
+        return any(worker.method != "sgd" for worker in self.workers)
 
     @property
     def complete(self) -> bool:
         """Whether the run went to its last step: it was not stopped, and did not diverge."""
-        return bool(self.steps) and self.steps[-1].step == self.steps[-1].steps and not self.ended
+        return 0 < self.steps == self.steps_done and not self.ended
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last one that is known."""
+        return self.accuracies.ys[-1] if self.accuracies.ys else None
+
+    @functools.cached_property
+    def bound(self) -> dict[str, float]:
+        """ε of the whole run by worker's name, by RDP: quick, an upper bound."""
+        return self.price("rdp")
+
+    @functools.cached_property
+    def most_believed(self) -> float:
+        """What an attacker can believe of a record of the worker who pays most: :func:`.numbers.most_believed`."""
+        return max(
+            most_believed(
+                noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
+                sample_rate=worker.sample_rate,
+                steps=self.rounds * worker.steps_per_round,
+            )
+            for worker in self.workers
+        )
+
+    @functools.cached_property
+    def path(self) -> Curve:
+        """ε of the first worker after each of some steps, by RDP: known before a step has run."""
+        worker = self.workers[0]
+        steps = self.rounds * worker.steps_per_round
+        if worker.method == "sgd" or steps > _LONG:
+            at = sorted({int(t) for t in np.linspace(1, steps, 10)})
+            return Curve([float(t) for t in at], [self.price("rdp", steps=t)[worker.name] for t in at])
+        run: dict[str, Any] = {
+            "noise_multiplier": worker.settings.noise_multiplier,
+            "target_delta": worker.settings.target_delta,
+        }
+        return Curve(
+            [float(t) for t in range(1, steps + 1)],
+            list(epsilon_path(**run, sample_rate=worker.sample_rate, steps=steps)),
+        )
+
+    @property
+    def numbers(self) -> tuple[float | None, float, float]:
+        """The three big ones: accuracy, ε of the whole run (the highest, by the best that is known), the odds."""
+        return self.accuracy, max((self.exact or self.bound).values()), self.most_believed
+
+    def price(self, accountant: str, steps: int | None = None) -> dict[str, float]:
+        """ε of the whole run by worker's name, or of so many steps; inf for one who trains without privacy."""
+        return {
+            worker.name: epsilon(
+                noise_multiplier=0 if worker.method == "sgd" else worker.settings.noise_multiplier,
+                sample_rate=worker.sample_rate,
+                steps=steps or self.rounds * worker.steps_per_round,
+                target_delta=worker.settings.target_delta,
+                accountant=accountant,
+            )
+            for worker in self.workers
+        }
+
+    def add_step(self, worker: str, x: float, loss: float) -> None:
+        """Take in a step of a worker, which lies at ``x`` on the curve of its losses."""
+        self.steps_done += 1
+        self.losses[worker].add(x, loss)
+
+    def add_record(self, record: Step | Round, x: float, epsilons: dict[str, float]) -> None:
+        """Take in what :attr:`history` keeps: a step, or a round; ``x``: where it lies on the curve of the budget."""
+        self.history.append(record)
+        for worker, value in epsilons.items():
+            self.epsilons[worker].add(x, value)
+        if record.accuracy is not None:
+            self.accuracies.add(getattr(record, "epoch", x), record.accuracy)
 
 
-class Explorer(Trainer):
-    """Train live, with sliders for the settings; moving one starts the training again.
+class LiveTraining(LivePicture):
+    """A live picture of a training. One training runs at a time: a new one stops the one before it.
 
-    Training starts when the explorer is made. One training runs at a time: a new explorer stops the one before it.
-    As the last line of a cell it shows itself; the next cell can hold the saved picture::
-
-        explorer = Explorer(two_moons(2000), models.mlp, Settings(lr=2.0))
-        explorer
-
-        explorer.wait(); print(explorer.summary()); explorer.still()
-
-    Args:
-        data: the private records. With two numbers a record, a third panel shows the decision boundary; otherwise the
-            accuracy by epoch.
-        make_model: ``make_model() -> nn.Module``, a new model each time; ``models.mlp`` or ``models.cnn``, say.
-        settings: where the sliders start, and the settings that have none.
-        method, optimizer: as for :func:`dpteach.training.train`.
-        sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
-        baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
-        baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
-            Beside a baseline whose learning rate suits the private run only, privacy seems to help.
-        test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
-            so.
-        ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
+    A subclass says what to train, trains it step by step, and puts it into words and panels.
 
     Attributes:
-        controls: the slider widgets by setting name.
-        settings: the settings that the sliders show.
-        status: the status line's text.
-        steps: the :class:`~dpteach.training.Step` records of the current run so far.
-        error: the exception that ended the last run, or None.
-
-    Raises:
-        ValueError: if a slider's name is not a setting, the method is not known, or ``baseline_lr`` is not above 0.
+        run: the current :class:`Run`, as far as it has come.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        make_model: Callable[[], nn.Module],
-        settings: Settings = Settings(),
-        *,
-        method: str = "dpsgd",
-        optimizer: str = "sgd",
-        sliders: Sequence[str] = ("noise_multiplier", "max_grad_norm", "epochs"),
-        baseline: bool = True,
-        baseline_lr: float | None = None,
-        test_data: Data | None = None,
-        ranges: dict[str, Range] | None = None,
-    ):
-        self._data, self._make_model, self._start_settings = data, make_model, settings
-        self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
-        self._baseline = baseline and method != "sgd"
-        own = baseline_lr is not None
-        self._baseline_lr = number("baseline_lr", baseline_lr, low=0, above=True) if own else settings.lr
-        self._baseline_optimizer = "sgd" if own else optimizer
-        self._baselines: dict[tuple, Run] = {}
-        self._test_data = test_data or data.take(min(1000, len(data)))
-        self._accuracy_of = "test accuracy" if test_data else "training accuracy"
-        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2
-        self._run = Run(settings, math.inf)
-        shown = data.take(min(200, len(data)))
-        self._records = (
-            [
-                Points(*shown.X[shown.y == label].T.cpu().numpy(), "data", f"class {label}", cross=bool(label))
-                for label in (0, 1)
-            ]
-            if self._plane
-            else []
-        )
+    _accuracy_of = "test accuracy"
+    _pricing = threading.Lock()  # the slow, tight ε is computed for one run at a time
 
-        adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
-        for name in sliders:
-            choice("sliders", name, adjustable)
-        rest = [name for name in ("lr", "batch_size") if name not in sliders]
-        limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
-        controls = {name: slider_for(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
-        self._price_line = widgets.HTML()
+    def __init__(self, controls: dict[str, Any], settings: Settings, make_model: Callable[[], nn.Module]):
+        super().__init__(controls, "dpteach-train", alone=True)
+        self._make_model = make_model
+        self.run = Run(settings)
+        self._numbers, self._price_line = widgets.HTML(), widgets.HTML()
+        self._price_line.add_class("dpteach-small")
+        self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
+        self._drawn_at = -math.inf
 
-        def rows():
-            more = [folded("More: " + ", ".join(map(words, rest)), [controls[name] for name in rest])] if rest else []
-            return [
-                *(controls[name] for name in sliders),
-                *more,
-                self._start_and_stop(),
-                self._price_line,
-                self._picture,
-            ]
+    def _lay_out(self, controls: list[widgets.Widget]) -> None:
+        """Controls left; numbers, status and pictures right."""
+        start = button("Start", "play", "Train again from the beginning", self.start)
+        stop = button("Stop", "stop", "Stop training", self.stop)
+        left = [*controls, in_a_row(start, stop), self._price_line]
+        page = two_columns(left, [self._numbers, self._status_line, self._picture])
+        self.widget = accessible_box([page, self._spoken])
 
-        super().__init__(controls, rows)
-        self.start()
+    def _new_run(self, values: dict[str, Any]) -> Run:
+        """A run with its workers, by the controls' values; its model comes later."""
+        raise NotImplementedError
 
-    @property
-    def settings(self) -> Settings:
-        """The settings that the sliders show now."""
-        return dataclasses.replace(self._start_settings, **self.values)
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        """Train ``run``, a step of a worker at a time, and keep its record."""
+        raise NotImplementedError
 
-    @property
-    def steps(self) -> list[Step]:
-        """The records of the current run so far."""
-        return list(self._run.steps)
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        """What ``run`` has done; what is known beforehand is that of ``plan``, a run which may follow it."""
+        raise NotImplementedError
 
-    def _so_far(self) -> str:
-        return f"step {len(self._run.steps)}"
+    def _price_of(self, run: Run) -> str:
+        """The price line, by ``run.exact`` or, before that is known, by ``run.bound``."""
+        raise NotImplementedError
 
-    def summary(self) -> str:
-        """One sentence about the last run: its settings, its ε, its accuracy beside the non-private one."""
-        run = self._run
-        s = run.settings
-        if self.error is not None:
-            return self.status
-        if not run.steps:
-            return "No training has run yet."
-        parts = [f"{s.epochs} epochs at learning rate {figure(s.lr)}"]
-        if self._method == "sgd":
-            parts.append("no privacy (ε = ∞)")
-        else:
-            parts.insert(0, f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}")
-            parts.append(self._cost(run))
-        if self._reached(run):
-            parts.append(self._reached(run))
-        if not run.complete and not run.ended:
-            parts.append(f"only {len(run.steps)} of {run.steps[-1].steps} steps have run, and ε is that of all")
-        return "; ".join(parts) + "." + (f" {run.ended}" if run.ended else "")
+    def _progress_of(self, run: Run, to_go: str) -> str:
+        """The status line while it trains; ``to_go``: ", about 3 minutes to go", or nothing."""
+        raise NotImplementedError
 
-    def _reached(self, run: Run) -> str:
-        accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
-        if accuracy is None:
-            return ""
-        told = f"{self._accuracy_of} {accuracy:.0%}"
-        if without is not None:
-            told += f", without privacy {without:.0%}"
-            if run.baseline_lr != run.settings.lr:
-                told += f" at learning rate {figure(run.baseline_lr)}"
-        return told
+    def _place_of(self, run: Run) -> str:
+        """Where it stands: "step 3"."""
+        raise NotImplementedError
 
-    def _preview(self, values: dict[str, Any], generation: int) -> None:
-        settings = dataclasses.replace(self._start_settings, **values)
-        self._show_price(Run(settings, self._whole_price(settings, "rdp")), generation)
+    def _result_of(self, run: Run) -> str:
+        """What it has reached."""
+        raise NotImplementedError
 
-    def _whole_price(self, settings: Settings, accountant: str) -> float:
-        if self._method == "sgd":
-            return math.inf
-        n = len(self._data)
-        return epsilon(
-            noise_multiplier=settings.noise_multiplier,
-            sample_rate=settings.sample_rate(n),
-            accountant=accountant,
-            steps=settings.epochs * settings.steps_per_epoch(n),
-            target_delta=settings.target_delta,
-        )
+    def start(self) -> None:
+        """Train from the beginning with the settings that the sliders show."""
+        self._thread.request(force=True)
 
-    def _cost(self, run: Run) -> str:
-        delta = f"at δ = {figure(run.settings.target_delta)}"
-        if run.exact is None:
-            return f"ε ≤ {run.price:.2f} {delta} (RDP, an upper bound)"
-        return f"ε = {run.exact:.2f} {delta} (PRV; the quick RDP bound says {run.price:.2f})"
-
-    def _show_price(self, run: Run, generation: int) -> None:
-        if self._method == "sgd":
-            text = "No privacy: ε = ∞, whatever the settings."
-        else:
-            text = f"Price of the whole run: {self._cost(run)}."
-            warning = delta_warning(run.settings, len(self._data))
-            text += f" Careful: {warning}." if warning else ""
-        text += run.takes
-        with self._changed:
-            if generation == self._generation:
-                self._price_line.value = escape(text)
-
-    def _work_on(self, values: dict[str, Any], generation: int) -> None:
-        settings = dataclasses.replace(self._start_settings, **values)
-        run = Run(settings, self._whole_price(settings, "rdp"), self._baseline_lr)
-        run.model = new_model(self._make_model, settings.seed)
-        steps = self._train(run.model, settings, self._method, self._optimizer)
-        beside, pace = self._baseline_beside(run), Pace()
-        began = time.perf_counter()
-        next_frame, priced = began, None
-        with self._changed:
-            if generation != self._generation:
-                return
-            self._run = run
-        try:
-            for step in steps:
-                run.steps.append(step)
-                run.losses.append(step.loss)
-                run.epsilons.append(step.epsilon)
-                next(beside, None)
-                now = time.perf_counter()
-                left = pace.minutes_left(step.step, step.steps)
-                if self._foretell(run, generation, left, step.steps):
-                    self._show_price(run, generation)
-                if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
-                    run.ended = (
-                        f"Diverged at step {step.step}: the loss is not a number any more. Try a lower learning rate."
-                    )
-                    break
-                if generation != self._generation:
-                    return
-                if now >= next_frame:
-                    picture, status = svg(self._panels_of(run)), self._progress(step, left)
-                    if not self._show(generation, picture=picture, status=status, progress=True):
-                        return
-                    next_frame = time.perf_counter() + _FRAME
-                if priced is None and now - began > _PATIENCE and self._method != "sgd":
-                    priced = self._price(generation, lambda: self._make_exact(run, generation))
-        finally:
-            steps.close()
-        if self._method != "sgd":
-            priced = priced or self._price(generation, lambda: self._make_exact(run, generation))
-            self._until(priced.is_set, generation)
-        self._show(
-            generation, picture=svg(self._panels_of(run)), status=run.ended or f"Finished: {self._reached(run)}."
-        )
-
-    def _train(self, model: nn.Module, settings: Settings, method: str, optimizer: str) -> Iterator[Step]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a δ of 1/n or more: the price line says it
-            return train(model, self._data, settings, method=method, optimizer=optimizer, test_data=self._test_data)
-
-    def _make_exact(self, run: Run, generation: int) -> None:
-        run.exact = self._whole_price(run.settings, "prv")
-        self._show_price(run, generation)
-
-    def _progress(self, step: Step, left: int) -> str:
-        loss = "an empty batch" if math.isnan(step.loss) else f"loss {step.loss:.2f}"
-        so_far = "" if math.isinf(step.epsilon) else f", ε so far at most {step.epsilon:.2f}"
-        to_go = f", {minutes(left)} to go" if left else ""
-        return f"Training: step {step.step} of {step.steps}{to_go}, {loss}{so_far}"
-
-    def _baseline_beside(self, run: Run) -> Iterator[None]:
-        """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
-        if not self._baseline:
-            return
-        plain = dataclasses.replace(run.settings, lr=run.baseline_lr, seed=run.settings.seed or 0)
-        key = (plain.batch_size, plain.epochs)
-        if key not in self._baselines:
-            model = new_model(self._make_model, plain.seed)
-            for step in self._train(model, plain, "sgd", self._baseline_optimizer):
-                run.baseline.append(step)
-                run.baseline_losses.append(step.loss)
-                if step.step < step.steps:
-                    yield
-            run.baseline_boundary = self._boundary(model)
-            self._baselines = {key: run}
-        trained = self._baselines[key]
-        run.baseline, run.baseline_losses = trained.baseline, trained.baseline_losses
-        run.baseline_boundary = trained.baseline_boundary
-
-    def _boundary(self, model: nn.Module) -> tuple | None:
-        if not self._plane:
-            return None
-        xs, ys, grid = self._grid
-        with torch.no_grad():
-            scores = model(grid.to(next(model.parameters()).device)).cpu().numpy()
-        margin = (scores[:, 1] - scores[:, 0]).reshape(len(ys), len(xs))
-        return contour(xs, ys, margin, 0.0) if np.isfinite(margin).all() else None
-
-    @functools.cached_property
-    def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        low, high = self._data.X.min(0).values.tolist(), self._data.X.max(0).values.tolist()
-        return (low[0], high[0]), (low[1], high[1])
-
-    @functools.cached_property
-    def _grid(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        xs, ys = (np.linspace(*ends, 40) for ends in self._window)
-        return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
+    def stop(self) -> None:
+        """Stop training; what has been drawn stays."""
+        self._halt(f"Stopped at {self._place_of(self.run)}. Press Start to train again.")
 
     def _panels(self) -> list[Panel]:
-        return self._panels_of(self._run)
+        return self._panels_of(self.run)
 
-    def _panels_of(self, run: Run) -> list[Panel]:
-        own = "non-private" if self._method == "sgd" else "private"
-        panels = [self._loss_panel(run, own)]
-        if self._method != "sgd":
-            panels.append(self._epsilon_panel(run))
-        panels.append(self._boundary_panel(run, own) if self._plane else self._accuracy_panel(run, own))
-        return panels
+    def _work(self, job: Job) -> None:
+        run = self._new_run(job.values)
+        run.before = self._before
+        self._show_price(run, job)
+        # What is known before any training is shown while the slider moves: as often as a frame, never later.
+        job.wait_until(lambda: False, max(0.0, self._drawn_at + _FRAME - time.perf_counter()))
+        if job.over:
+            return
+        picture = self._drawn(self.run, run)
+        with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
+            if not self._thread.stopped:
+                self._picture.value = picture
+                self._say("It trains as soon as the slider rests.", aloud=False)
+        if job.comes_to_rest():
+            self._drain(run, job)
 
-    def _loss_panel(self, run: Run, own: str) -> Panel:
-        items = [curve_line(run.baseline_losses, "non-private", "without privacy", dashed=True)] if run.baseline else []
-        items.append(curve_line(run.losses, own, "with privacy" if own == "private" else "loss"))
-        total = run.steps[-1].steps if run.steps else 1
-        s = run.settings
-        told = (
-            f"Learning rate {figure(s.lr)}"
-            if own == "non-private"
-            else f"σ = {figure(s.noise_multiplier)}, C = {figure(s.max_grad_norm)}"
+    def _drain(self, run: Run, job: Job) -> None:
+        """Take the run's steps one by one, and draw: at most ten frames a second, until it ends or the job is over."""
+        run.model = models.start(self._make_model, run.settings.seed)
+        with self._thread.lock:
+            if job.over:
+                return
+            self.run = run
+        timer, pricing = _Timer(), None
+        next_frame = timer.began
+        with closing(self._steps_of(run, job.values)) as steps:
+            for _ in steps:
+                to_go = timer.to_go(run)
+                if to_go and not run.duration:
+                    self._announce(run, to_go, job)
+                if run.ended:
+                    break
+                if job.over:
+                    return
+                now = time.perf_counter()
+                if now >= next_frame:
+                    status = self._progress_of(run, f", {to_go} to go" if to_go else "")
+                    if not self._show(job, self._drawn(run), status, progress=True):
+                        return
+                    next_frame = time.perf_counter() + _FRAME
+                if run.private and pricing is None and now - timer.began > _PATIENCE:
+                    pricing = self._price_beside(run, job)
+        if run.private:
+            pricing = pricing or self._price_beside(run, job)
+            job.wait_until(pricing.is_set)
+        if run.complete:
+            self._keep(run)
+        self._show(job, self._drawn(run), run.ended or f"Finished: {self._result_of(run)}.")
+
+    def _keep(self, run: Run) -> None:
+        """Remember a complete run, for the ones that follow."""
+        self._before = run.numbers
+
+    def _drawn(self, run: Run, plan: Run | None = None) -> str:
+        """The pictures, as by :meth:`_panels_of`; the big numbers are put on the page."""
+        self._numbers.value = self._numbers_of(plan or run)
+        self._drawn_at = time.perf_counter()
+        return svg(self._panels_of(run, plan))
+
+    def _numbers_of(self, run: Run) -> str:
+        accuracy, epsilon, most = run.numbers
+        was = run.before
+        without = run.baseline.accuracy if run.baseline is not None else None
+        beside = ""
+        if accuracy is not None and without is not None:
+            beside = f"{points(accuracy - without)} than without privacy ({without:.0%})."
+            beside = beside.replace("as much than", "as much as")
+        if accuracy is None and was and was[0] is not None:  # nothing goes blank
+            accuracy, beside = was[0], "by the run before; this one has none yet"
+        known = "" if accuracy is None else f"{accuracy:.0%}"
+        delta = number_text(run.settings.target_delta)
+        worth = f"{band(epsilon).capitalize()}: at δ = {delta}, by {'PRV' if run.exact else 'RDP'}."
+        if math.isinf(epsilon):
+            worth = "No guarantee: no noise hides anybody."
+        return tiles(
+            tile(self._accuracy_of, known or "–", beside, f"{was[0]:.0%}" if was and was[0] is not None else ""),
+            tile("ε of the whole run", epsilon_number(epsilon, bool(run.exact)), worth, short(was[1]) if was else ""),
+            tile("odds", f"{odds(most)[0]} of 100", odds_in_words(most), f"{odds(was[2])[0]}" if was else ""),
         )
-        alt = f"{told}, {s.epochs} epochs. Loss by step: {_late_loss(run.steps)} at the end"
-        alt += f", {_late_loss(run.baseline)} without privacy." if run.baseline else "."
-        return Panel("Training loss", "step", "loss (batch mean)", items, alt, x_range=(0, total))
 
-    def _epsilon_panel(self, run: Run) -> Panel:
-        total = run.steps[-1].steps if run.steps else 1
-        items = [curve_line(run.epsilons, "budget", "spent (RDP bound)")]
-        top = run.price
-        if math.isfinite(
-            top
-        ):  # by the curve's accountant: it would cross a tighter one's line, as if the run overspent
-            items.append(Mark("budget", "whole run (RDP)", y=top))
-        so_far = f"{run.steps[-1].epsilon:.2f}" if run.steps else "0"
-        alt = f"ε by step: at most {so_far} after step {run.steps[-1].step if run.steps else 0} of {total}."
-        return Panel(
-            "Privacy budget spent",
-            "step",
-            "ε",
-            items,
-            alt,
-            x_range=(0, total),
-            y_range=(0, top * 1.08) if math.isfinite(top) and top > 0 else (0, 1),
-        )
+    def _show_price(self, run: Run, job: Job) -> None:
+        with self._thread.lock:
+            if not job.over:
+                self._price_line.value = escape(self._price_of(run) + run.duration)
 
-    def _boundary_panel(self, run: Run, own: str) -> Panel:
-        items: list[Any] = [*self._records]
-        if run.baseline_boundary is not None:
-            items.append(Line(*run.baseline_boundary, "non-private", dashed=True))
-        boundary = self._boundary(run.model) if run.model is not None else None
-        if boundary is not None:
-            items.append(Line(*boundary, own))
-        accuracy = last_accuracy(run.steps)
-        alt = "Decision boundary between the two classes" + (
-            f"; {self._accuracy_of} {accuracy:.0%}." if accuracy is not None else "."
-        )
-        x_range, y_range = self._window
-        return Panel("Decision boundary", "first coordinate", "second coordinate", items, alt, x_range, y_range)
+    def _announce(self, run: Run, duration: str, job: Job) -> None:
+        """Say once that a run takes long."""
+        run.duration = f" This run has {run.steps:,} steps and takes {duration}. Stop ends it."
+        with self._thread.lock:
+            if not job.over:
+                self._spoken.value = escape(run.duration.strip())
+        self._show_price(run, job)
 
-    def _accuracy_panel(self, run: Run, own: str) -> Panel:
-        def curve(steps, *style, **more):
-            known = [s for s in steps if s.accuracy is not None]
-            return Line([s.epoch for s in known], [s.accuracy for s in known], *style, **more)
+    def _price_beside(self, run: Run, job: Job) -> threading.Event:
+        """The exact price, in a thread of its own; the event that it is known.
 
-        items = [curve(run.baseline, "non-private", "without privacy", dashed=True)] if run.baseline else []
-        items.append(curve(run.steps, own, "with privacy" if own == "private" else "accuracy"))
-        accuracy, without = last_accuracy(run.steps), last_accuracy(run.baseline)
-        alt = f"{self._accuracy_of.capitalize()} by epoch" + (
-            f": {accuracy:.0%} at the end" if accuracy is not None else ""
-        )
-        alt += f", {without:.0%} without privacy." if without is not None else "."
-        return Panel(
-            self._accuracy_of.capitalize(),
-            "epoch",
-            "share right",
-            items,
-            alt,
-            x_range=(0, max(run.settings.epochs, 2)),
-            y_range=(0, 1),
-        )
+        PRV can take seconds and can't be interrupted, so neither a frame nor a Stop waits for it. Nothing is computed
+        for a job that is over.
+        """
+        done = threading.Event()
+
+        def work():
+            try:
+                with LiveTraining._pricing:
+                    if not job.over:
+                        run.exact = run.price("prv")
+                        self._show_price(run, job)
+            except Exception as error:  # a learner never meets a traceback from inside a widget
+                self._fail(job, error)
+            finally:
+                with self._thread.lock:
+                    done.set()
+                    self._thread.lock.notify_all()
+
+        threading.Thread(target=work, name="dpteach-price", daemon=True).start()
+        return done
 
 
-def curve_line(values: list[float], role: str, label: str, dashed: bool = False) -> Line:
-    return Line(np.arange(1, len(values) + 1), np.array(values), role, label, dashed)
+class _Timer:
+    """How long a run takes, by the speed of its first half second, without its first step: that may load things."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self._first: tuple[float, int] | None = None  # when, and after how many steps
+
+    def to_go(self, run: Run) -> str:
+        """About how long is left: "about 3 minutes"; empty where it is a minute or less, or not known yet."""
+        now = time.perf_counter()
+        first, skipped = self._first = self._first or (now, run.steps_done)
+        if now - first < _TIMED or run.steps_done == skipped:
+            return ""
+        minutes = (now - first) / (run.steps_done - skipped) * (run.steps - run.steps_done) / 60
+        return f"about {round(minutes)} minute{'s' if round(minutes) > 1 else ''}" if minutes > 1 else ""
 
 
-def last_accuracy(steps: list[Step]) -> float | None:
-    return next((s.accuracy for s in reversed(steps) if s.accuracy is not None), None)
+EPSILONS = (0.01, 1e4)  # the ends of every axis of ε
 
 
-def _late_loss(steps: list[Step]) -> str:
-    """The mean loss of the last epoch that has run, coarsely: one batch's loss says little."""
-    last_epoch = itertools.takewhile(lambda s: s.epoch == steps[-1].epoch, reversed(steps))
-    losses = [s.loss for s in last_epoch if math.isfinite(s.loss)]
-    return f"{sum(losses) / len(losses):.1f}" if losses else "none"
+def bands(across: bool = False) -> Zones:
+    """The words behind an axis of ε."""
+    ends = [EPSILONS[0], *list(BANDS)[:-1], EPSILONS[1]]
+    return Zones(ends, list(BANDS.values()), ["budget", "", "attacker"], across)
+
+
+def budget_panel(items: list, x_label: str, y_label: str, end: float, alt: str) -> Panel:
+    """What has been spent: every run on the same logarithmic axis."""
+    return Panel("Privacy budget spent", x_label, y_label, [bands(), *items], alt, (0, end), EPSILONS, y_log=True)
+
+
+def loss_panel(items: list, x_label: str, end: float, alt: str, classes: int) -> Panel:
+    """The loss, up to twice that of a model that knows nothing: log of the number of classes."""
+    y_range = (0, 2 * math.log(classes))
+    return Panel("Training loss", x_label, "loss (batch mean)", items, alt, (0, end), y_range)
+
+
+def class_count(data: Data) -> int:
+    """How many classes the labels name, at least two."""
+    return max(2, int(data.y.max()) + 1)
+
+
+@torch.no_grad()
+def diverged(model: nn.Module, data: Data) -> bool:
+    """Whether the model's scores are not all finite numbers any more."""
+    return not bool(model(data.X[:32].to(next(model.parameters()).device)).isfinite().all())

@@ -35,6 +35,7 @@ VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virt
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
+    """Answer one round's message: train, and send the model with what it has cost."""
     torch.set_num_threads(1)
     return Message(answer(message.content["arrays"], context), reply_to=message)
 
@@ -102,7 +103,7 @@ def own_config(context: Context) -> dict:
 
 
 def check_request(node: dict, run: dict) -> None:
-    """Refuse a run that wants to decide what only the node may: how its records are protected, which they are, where it counts.
+    """Refuse a run that would decide what only the node may: its protection, its records, its ledger.
 
     Raises:
         ValueError: names the key, its value, and who may set it.
@@ -162,7 +163,7 @@ def _ledger(node: dict, method: str) -> Ledger:
 
 
 def _by_state(context: Context, worker: Worker) -> float:
-    """ε as an app would report it that keeps its history in ``Context.state``: too little after a restart or in a second run."""
+    """ε by a history in ``Context.state``: too little after a restart, or in a second run."""
     kept = context.state.get("history", {"noise-multiplier": [], "sample-rate": [], "steps": []})
     new = worker.ledger.charges[-1]
     history = {

@@ -25,7 +25,7 @@ CERTIFICATE, KEY, COMMANDS = "door.crt", "door.key", "bin"  # in that folder; CO
 
 
 def make(folder: Path) -> None:
-    """Make, in a folder that only its owner can open: a certificate for 127.0.0.1, its key, and Flower's commands behind it.
+    """Make, in its owner's own folder: a certificate for 127.0.0.1, its key, and Flower's commands behind it.
 
     Server and clients have the same certificate and trust no other. A command that Flower starts by its name is found
     here first, if ``PATH`` says so.
@@ -54,12 +54,14 @@ def make(folder: Path) -> None:
     (folder / COMMANDS).mkdir()
     for entry in metadata.distribution("flwr").entry_points.select(group="console_scripts"):
         script = folder / COMMANDS / entry.name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name} "$@"\n')
+        script.write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpteach.flower.door {entry.name} "$@"\n', encoding="utf8"
+        )
         script.chmod(0o700)
 
 
 def make_node_key(file: Path) -> Path:
-    """Write a SuperNode's private key into ``file``. Returns the file with the public one, for ``flwr supernode register``."""
+    """Write a SuperNode's private key into ``file``; returns the file with the public one, to register it."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 

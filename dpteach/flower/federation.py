@@ -1,5 +1,6 @@
-"""A federation on this machine: SuperLink and SuperNodes on loopback ports, started, watched, and ended without a trace."""
+"""A federation on this machine: SuperLink and SuperNodes on loopback ports, started, watched and ended."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ from dpteach.flower.keeper import VARIABLE, end, marked
 _POLL = 0.1  # seconds between two looks at the processes
 _COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")  # a Jupyter kernel sets them: then Flower colours its JSON too
 _OWN = ("link", "run", "command")  # names of processes that are no nodes
+_WINDOWS = os.name == "nt"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class _Local:
     def __init__(self, *, start_timeout: float):
         if not installed():
             raise RuntimeError(MISSING)
+        if _WINDOWS:  # it starts NAME.exe there, and never the scripts that door.make writes
+            raise RuntimeError(
+                "A federation on one machine runs on Linux and macOS, got Windows: there Flower starts its helpers "
+                "past the door that keeps other accounts out. Use Linux, for example in WSL."
+            )
         self._start_timeout = number("start_timeout", start_timeout, low=0, above=True)
         self._keeper: subprocess.Popen | None = None
         self._processes: dict[str, subprocess.Popen] = {}
@@ -156,7 +163,8 @@ class _Local:
         )
         (self._home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
-            f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n"
+            f"root-certificates = {json.dumps(str(self._home / door.CERTIFICATE))}\n",
+            encoding="utf8",
         )
         self._wait_for(lambda: _answers(self._port), "the SuperLink did not start")
         self._check_doors()
@@ -188,7 +196,8 @@ class _Local:
             )
 
     def _environment(self, name: str) -> dict[str, str]:
-        scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"  # a SuperLink starts its helpers by name
+        # A SuperLink starts its helpers by name.
+        scripts = f"{self._home / door.COMMANDS}{os.pathsep}{sysconfig.get_path('scripts')}"
         inherited = {key: value for key, value in os.environ.items() if key not in _COLOURS}
         return {
             **inherited,
@@ -216,7 +225,7 @@ class _Local:
                 cwd=self._home,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
+                encoding="utf8",
                 timeout=30,
             )
             return json.loads(made.stdout) if made.returncode == 0 else None
@@ -246,7 +255,11 @@ class _Local:
 
     def _last_words(self, name: str = "link") -> str:
         log = self._home / f"{name}.log"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+        lines = (
+            [line for line in log.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()]
+            if log.exists()
+            else []
+        )
         telling = [line for line in lines if "Error: " in line or "Exception: " in line] or lines
         return f"Its last words: {telling[-1].strip()}" if telling else "It said nothing."
 
@@ -301,10 +314,8 @@ class _Local:
     def _end_run(self, run_id: str | None, ended: bool) -> None:
         process = self._processes.pop("run")
         if ended:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
         elif run_id is not None and self._processes["link"].poll() is None:
             self._flwr("stop", run_id, "--format", "json")
         end(f"{self._mark}/run", 1)
@@ -469,7 +480,9 @@ class Federation(_Local):
 
         The SuperLink believes for about a minute that a killed node is alive; so the run is told which ones are.
         """
-        told = re.search(r"SuperNode ID: (\d+)", (self._home / f"{name}.log").read_text(errors="replace"))
+        told = re.search(
+            r"SuperNode ID: (\d+)", (self._home / f"{name}.log").read_text(encoding="utf8", errors="replace")
+        )
         return told and told.group(1)
 
     def _rounds(self, rounds: int, timeout: float, config: dict) -> Iterator[FederatedRound]:

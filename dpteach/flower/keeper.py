@@ -4,6 +4,7 @@ It waits until its standard input closes, which happens when its parent says so 
 included. Then it ends every process that carries the mark in its environment, and removes the folder.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ VARIABLE = "DPTEACH_FEDERATION"
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes whose environment has :data:`VARIABLE` equal to ``mark``, or beginning with ``mark/``; never this one.
+    """The processes whose :data:`VARIABLE` is ``mark``, or begins with ``mark/``; never this one.
 
     A mark goes from a process to its children, also to those whose parent has ended.
     """
@@ -49,10 +50,8 @@ def end(mark: str, patience: float = 2.0) -> None:
 
 
 def _quietly(action) -> None:
-    try:
+    with contextlib.suppress(psutil.Error):
         action()
-    except psutil.Error:
-        pass
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class NamedFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        """A message to each node that is named; Flower's own choice if none is."""
         if not self.only:
             return super().configure_train(server_round, arrays, config, grid)
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
@@ -47,6 +48,7 @@ class ApartFedAvg(NamedFedAvg):
     """The same, and it stops at the first client that refuses or is lost, with its reason."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
+        """The average; RoundFailed at the first refusal."""
         return super().aggregate_train(server_round, answers(server_round, replies, self.min_train_nodes))
 
 
@@ -54,6 +56,7 @@ class Central(DifferentialPrivacyServerSideFixedClipping):
     """Flower's own central privacy, which stops at the first client that refuses or is lost, with its reason."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
+        """The noisy average; RoundFailed at the first refusal."""
         return super().aggregate_train(server_round, answers(server_round, replies, self.strategy.min_train_nodes))
 
 
@@ -80,6 +83,7 @@ def apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    """Run all rounds, and report each."""
     torch.set_num_threads(1)
     config = context.run_config
     report = Report(config["report"])
@@ -166,6 +170,7 @@ class Report:
         self._began = time.monotonic()
 
     def add(self, line: dict) -> None:
+        """Print a line, and write it to the file."""
         text = json.dumps({**line, "seconds": round(time.monotonic() - self._began, 1)})
         print(text, flush=True)
         if self.path:

@@ -1,0 +1,396 @@
+"""An explorer: one training run, live, with the non-private run beside it."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpteach import models
+from dpteach._checks import choice, number
+from dpteach.data import Data
+from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, menu, number_text
+from dpteach.explorer.training import (
+    EPSILONS,
+    Curve,
+    LiveTraining,
+    Run,
+    bands,
+    budget_panel,
+    class_count,
+    diverged,
+    loss_panel,
+)
+from dpteach.federated import Worker
+from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
+from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
+
+_NAME = "worker"  # of the only one
+_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
+_PRESETS: dict[str, dict[str, float]] = {
+    "as it opened": {},
+    "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
+    "textbook: σ = 1, C = 1": {"noise_multiplier": 1.0, "max_grad_norm": 1.0},
+    "too private": {"noise_multiplier": 10.0, "max_grad_norm": 1.0},
+    "C too small": {"noise_multiplier": 1.0, "max_grad_norm": 0.01},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A run that went to its end: a numbered dot in the trade-off. ε by RDP."""
+
+    number: int
+    settings: Settings
+    epsilon: float
+    accuracy: float
+
+
+class Explorer(LiveTraining):
+    """Train live, with sliders for the settings; moving one starts the training again.
+
+    Training starts when the explorer is made. One training runs at a time: a new explorer stops the one before it.
+    As the last line of a cell it shows itself; the next cell can hold the saved picture::
+
+        explorer = Explorer(two_moons(2000), models.mlp, Settings(lr=2.0))
+        explorer
+
+        explorer.wait(); print(explorer.summary()); explorer.still()
+
+    Args:
+        data: the private records. With two numbers a record, a third panel shows the decision boundary; otherwise the
+            accuracy by epoch.
+        make_model: ``make_model() -> nn.Module``, a new model each time; ``models.mlp`` or ``models.cnn``, say.
+        settings: where the sliders start, and the settings that have none.
+        method, optimizer: as for :func:`dpteach.training.train`.
+        sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
+        baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
+        baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
+            Beside a baseline whose learning rate suits the private run only, privacy seems to help.
+        test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
+            so.
+        ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
+
+    Attributes:
+        controls: the slider widgets by setting name.
+        settings: the settings that the sliders show.
+        status: the status line's text.
+        steps: the :class:`~dpteach.training.Step` records of the current run so far.
+        run: all of the current run: :class:`~dpteach.explorer.training.Run`.
+        kept: the last 20 runs that went to their end, as :class:`Kept`: what the trade-off shows.
+        error: the exception that ended the last run, or None.
+
+    Raises:
+        ValueError: if a slider's name is not a setting, the method is not known, or ``baseline_lr`` is not above 0.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        make_model: Callable[[], nn.Module],
+        settings: Settings = Settings(),
+        *,
+        method: str = "dpsgd",
+        optimizer: str = "sgd",
+        sliders: Sequence[str] = ("noise_multiplier", "max_grad_norm", "epochs"),
+        baseline: bool = True,
+        baseline_lr: float | None = None,
+        test_data: Data | None = None,
+        ranges: dict[str, Range] | None = None,
+    ):
+        self._data, self._start_settings = data, settings
+        self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
+        self._private = method != "sgd"
+        self._role = "private" if self._private else "non-private"  # of the run's own lines
+        self._baseline = baseline and self._private
+        tuned = baseline_lr is not None
+        self._baseline_lr = number("baseline_lr", baseline_lr, low=0, above=True) if tuned else settings.lr
+        self._baseline_optimizer = "sgd" if tuned else optimizer
+        self._baselines: dict[tuple, Run] = {}
+        self._test_data = test_data or data.take(min(1000, len(data)))
+        self._accuracy_of = "test accuracy" if test_data else "training accuracy"
+        self._classes = class_count(data)
+        self._plane = data.X.ndim == 2 and data.X.shape[1] == 2 and self._classes == 2
+
+        adjustable = [f.name for f in dataclasses.fields(Settings) if f.name != "seed"]
+        for name in sliders:
+            choice("sliders", name, adjustable)
+        rest = [name for name in ("lr", "batch_size") if name not in sliders]
+        limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
+        controls = {name: Slider(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
+        super().__init__(controls, settings, make_model)
+        self.kept: list[Kept] = []
+        self._ghosts: list[tuple[Line, ...]] = []  # loss, ε and accuracy of the last runs
+        self._back = menu("bring back", [("choose …", 0)])
+        self._offer()
+        self._back.observe(lambda change: self._bring_back(change["new"]), "value")
+        rows = [self.controls[name] for name in sliders]
+        if rest:
+            rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self.controls[name] for name in rest]))
+        self._lay_out([*rows, self._back])
+        self.start()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the sliders show now."""
+        return dataclasses.replace(self._start_settings, **self.values)
+
+    @property
+    def steps(self) -> list[Step]:
+        """The records of the current run so far."""
+        return list(self.run.history)
+
+    def summary(self) -> str:
+        """One sentence about the last run: its settings, its ε, its accuracy beside the non-private one."""
+        run, s = self.run, self.run.settings
+        if self.error is not None:
+            return self.status
+        if not run.history:
+            return "No training has run yet."
+        parts = [f"{s.epochs} epochs at learning rate {number_text(s.lr)}"]
+        if self._private:
+            parts.insert(0, f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}")
+        parts.append(self._cost(run) if self._private else "no privacy (ε = ∞)")
+        if run.accuracy is not None:
+            parts.append(self._result_of(run))
+        if not run.complete and not run.ended:
+            parts.append(f"only {run.steps_done} of {run.steps} steps have run, and ε is that of all")
+        return "; ".join(parts) + "." + (f" {run.ended}" if run.ended else "")
+
+    def _new_run(self, values: dict[str, Any]) -> Run:
+        settings = dataclasses.replace(self._start_settings, **values)
+        return Run(settings, [Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)])
+
+    def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        baseline = self._baseline_beside(run) if self._baseline else iter(())
+        for step in self._train(run):
+            next(baseline, None)
+            if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
+                why = "the loss is not a number any more. Try a lower learning rate."
+                run.ended = f"Diverged at step {step.step}: {why}"
+            yield
+
+    def _train(self, run: Run) -> Iterator[Step]:
+        worker = run.workers[0]
+        how = {"method": worker.method, "optimizer": worker.optimizer}
+        check(run.model, worker.data, worker.settings, **how)
+        for step in begin(run.model, worker.data, worker.settings, **how, test_data=self._test_data):
+            run.add_step(_NAME, step.step, step.loss)
+            run.add_record(step, step.step, {_NAME: step.epsilon})
+            yield step
+
+    def _baseline_beside(self, run: Run) -> Iterator[None]:
+        """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
+        plain = dataclasses.replace(run.settings, lr=self._baseline_lr, seed=run.settings.seed or 0)
+        key = (plain.batch_size, plain.epochs)
+        if key not in self._baselines:
+            worker = Worker(_NAME, self._data, plain, method="sgd", optimizer=self._baseline_optimizer)
+            run.baseline = baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
+            for _ in self._train(baseline):
+                if not baseline.complete:
+                    yield
+            believed = self._belief(baseline.model)
+            baseline.boundary = None if believed is None else contour(*self._grid[:2], believed, 0.5)
+            self._baselines = {key: baseline}
+        run.baseline = self._baselines[key]
+
+    def _price_of(self, run: Run) -> str:
+        if not self._private:
+            return "No privacy: ε = ∞, whatever the settings."
+        warning = delta_warning(run.settings, len(self._data))
+        return f"Price of the whole run: {self._cost(run)}." + (f" Careful: {warning}." if warning else "")
+
+    def _cost(self, run: Run) -> str:
+        delta, bound = f"at δ = {number_text(run.settings.target_delta)}", run.bound[_NAME]
+        if run.exact is None:
+            return f"ε ≤ {bound:.2f} {delta} (RDP, an upper bound)"
+        return f"ε = {run.exact[_NAME]:.2f} {delta} (PRV; the quick RDP bound says {bound:.2f})"
+
+    def _keep(self, run: Run) -> None:
+        super()._keep(run)
+        curves = (run.losses, self._role), (run.epsilons, "budget"), ({_NAME: run.accuracies}, self._role)
+        self._ghosts = [*self._ghosts[-_GHOSTS:], tuple(c[_NAME].ghost(role) for c, role in curves)]
+        if run.accuracy is None or any(kept.settings == run.settings for kept in self.kept):
+            return
+        number = self.kept[-1].number + 1 if self.kept else 1
+        self.kept = [*self.kept[1 - _MOST_KEPT :], Kept(number, run.settings, run.bound[_NAME], run.accuracy)]
+        self._offer()
+
+    def _offer(self) -> None:
+        """The menu: settings worth a try, and those of the runs that were kept."""
+        names = {f"run {k.number}: ε ≤ {short(k.epsilon)}, {k.accuracy:.0%}": k.settings for k in reversed(self.kept)}
+        offered = {name: dataclasses.asdict(s) for name, s in names.items()}
+        start = dataclasses.asdict(self._start_settings)
+        offered |= {name: start | values for name, values in _PRESETS.items()}
+        self._offered = [{}, *offered.values()]
+        self._back.options = [(name, k) for k, name in enumerate(["choose …", *offered])]
+
+    def _bring_back(self, choice: int | None) -> None:
+        for name, value in (self._offered[choice or 0]).items():
+            if name in self._controls:
+                self.controls[name].value = value
+
+    def _place_of(self, run: Run) -> str:
+        return f"step {run.steps_done}"
+
+    def _progress_of(self, run: Run, to_go: str) -> str:
+        step = run.history[-1]
+        loss = "an empty batch" if math.isnan(step.loss) else f"loss {step.loss:.2f}"
+        so_far = "" if math.isinf(step.epsilon) else f", ε so far at most {step.epsilon:.2f}"
+        return f"Training: step {step.step} of {step.steps}{to_go}, {loss}{so_far}"
+
+    def _result_of(self, run: Run) -> str:
+        if run.accuracy is None:
+            return ""
+        text = f"{self._accuracy_of} {run.accuracy:.0%}"
+        if run.baseline is not None and run.baseline.accuracy is not None:
+            text += f", without privacy {run.baseline.accuracy:.0%}"
+            if run.baseline.settings.lr != run.settings.lr:
+                text += f" at learning rate {number_text(run.baseline.settings.lr)}"
+        return text
+
+    def _panels_of(self, run: Run, plan: Run | None = None) -> list[Panel]:
+        if not run.workers:
+            run = plan or run
+        plan = plan or run
+        reached = (self._boundary_panel if self._plane else self._accuracy_panel)(run)
+        panels = [reached, self._loss_panel(run)]
+        if self._private:
+            panels = [self._trade_off_panel(run, plan), *panels, self._budget_panel(run, plan)]
+        s = plan.settings
+        setting = f"Learning rate {number_text(s.lr)}"
+        if self._private:
+            setting = f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}"
+        panels[0] = dataclasses.replace(panels[0], alt=f"{setting}, {s.epochs} epochs. {panels[0].alt}")
+        return panels
+
+    def _ghosts_of(self, run: Run, which: int) -> list[Line]:
+        """The last runs; where ``run`` itself is the last one, those before it."""
+        over = self._ghosts[:-1] if run.complete else self._ghosts
+        return [ghosts[which] for ghosts in over[-_GHOSTS:]]
+
+    def _curves(self, run: Run, curve_of: Callable[[Run], Any], label: str) -> list[Line]:
+        """A curve of the run, and below it the one of the run without privacy."""
+        lines = []
+        if run.baseline is not None:
+            lines.append(curve_of(run.baseline).line("non-private", "without privacy", dashed=True))
+        return [*lines, curve_of(run).line(self._role, "with privacy" if self._private else label)]
+
+    def _trade_off_panel(self, run: Run, plan: Run) -> Panel:
+        """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
+        items: list[Any] = [bands(across=True)]
+        if run.baseline is not None and run.baseline.accuracy is not None:
+            items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
+        bound = plan.bound.get(_NAME, math.inf)
+        items.append(Mark("budget", x=_on_axis(bound)))
+        kept = sorted(self.kept, key=lambda k: k.epsilon)
+        best = list(itertools.accumulate((k.accuracy for k in kept), max))
+        if len(kept) > 1:  # a staircase: nothing in between was reached
+            items.append(
+                Line(
+                    np.repeat([_on_axis(k.epsilon) for k in kept], 2)[1:],
+                    np.repeat(best, 2)[:-1],
+                    "private",
+                    "best so far",
+                )
+            )
+        places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
+        # Many would hide each other.
+        for some, numbered in ((slice(-_NUMBERED), False), (slice(-_NUMBERED, None), True)):
+            xs, ys = zip(*places[some]) if places[some] else ([], [])
+            names = [str(k.number) for k in self.kept[some]] if numbered else ()
+            items.append(Points(xs, ys, "private", names=names))
+        spent = run.epsilons[_NAME].ys
+        if spent and run.accuracy is not None and not run.complete and plan is run:
+            items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))
+        told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
+        alt = (
+            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
+        )
+        words = "Privacy against accuracy", "ε of the whole run (RDP bound)", self._accuracy_of
+        return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)
+
+    def _loss_panel(self, run: Run) -> Panel:
+        alt = f"Loss by step: {_late_loss(run)} at the end"
+        alt += "." if run.baseline is None else f", {_late_loss(run.baseline)} without privacy."
+        items = self._ghosts_of(run, 0) + self._curves(run, lambda run: run.losses[_NAME], "loss")
+        return loss_panel(items, "step", run.steps, alt, self._classes)
+
+    def _budget_panel(self, run: Run, plan: Run) -> Panel:
+        bound, spent = plan.bound[_NAME], run.epsilons[_NAME] if plan is run else Curve()
+        items: list[Any] = self._ghosts_of(plan, 1)
+        if math.isfinite(bound):
+            items.append(plan.path.line("budget", f"whole run {short(bound)}", dashed=True))
+        items.append(spent.line("budget", "so far"))
+        so_far = f"{spent.ys[-1]:.2f}" if spent.ys else "0"
+        alt = f"ε by step: at most {so_far} after step {len(spent.ys)} of {plan.steps}."
+        return budget_panel(items, "step", "ε (RDP bound)", plan.steps, alt)
+
+    def _boundary_panel(self, run: Run) -> Panel:
+        xs, ys, _ = self._grid
+        believed = self._belief(run.model) if run.model is not None else None
+        items: list[Any] = [] if believed is None else [Field(xs, ys, believed)]
+        items += self._points
+        if run.baseline is not None and run.baseline.boundary is not None:
+            items.append(Line(*run.baseline.boundary, "non-private", "without privacy", dashed=True))
+        if believed is not None:
+            items.append(
+                Line(*contour(xs, ys, believed, 0.5), self._role, "with privacy" if self._private else "model")
+            )
+        alt = "Decision boundary between the two classes"
+        alt += "." if run.accuracy is None else f"; {self._accuracy_of} {run.accuracy:.0%}."
+        return Panel("What the model believes", "first coordinate", "second coordinate", items, alt, *self._window)
+
+    def _accuracy_panel(self, run: Run) -> Panel:
+        title = self._accuracy_of.capitalize()
+        alt = f"{title} by epoch" + ("" if run.accuracy is None else f": {run.accuracy:.0%} at the end")
+        without = run.baseline.accuracy if run.baseline is not None else None
+        alt += "." if without is None else f", {without:.0%} without privacy."
+        items = self._ghosts_of(run, 2) + self._curves(run, lambda run: run.accuracies, "accuracy")
+        x_range = (0, max(run.settings.epochs, 2))
+        return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(1 / self._classes, 1))
+
+    def _belief(self, model: nn.Module) -> np.ndarray | None:
+        """Of each place of the grid: the probability of class 1, by the model."""
+        if not self._plane:
+            return None
+        xs, ys, grid = self._grid
+        with torch.no_grad():
+            scores = model(grid.to(next(model.parameters()).device))
+        believed = scores.softmax(1)[:, 1].cpu().numpy().reshape(len(ys), len(xs))
+        return believed if np.isfinite(believed).all() else None
+
+    @functools.cached_property
+    def _points(self) -> list[Points]:
+        shown = self._data.take(min(200, len(self._data)))
+        places = [shown.X[shown.y == label].T.cpu().numpy() for label in (0, 1)]
+        return [Points(xs, ys, f"class {k}", f"class {k}", cross=k == 1) for k, (xs, ys) in enumerate(places)]
+
+    @functools.cached_property
+    def _window(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        low, high = self._data.X.min(0).values.tolist(), self._data.X.max(0).values.tolist()
+        return (low[0], high[0]), (low[1], high[1])
+
+    @functools.cached_property
+    def _grid(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        xs, ys = (np.linspace(*ends, 40) for ends in self._window)
+        return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
+
+
+def _on_axis(epsilon: float) -> float:
+    """An ε beyond the axis stands at its end."""
+    return min(max(epsilon, EPSILONS[0]), EPSILONS[1])
+
+
+def _late_loss(run: Run) -> str:
+    """The mean loss of the last epoch that has run, coarsely: one batch's loss says little."""
+    if not run.history:
+        return "none"
+    last_epoch = itertools.takewhile(lambda step: step.epoch == run.history[-1].epoch, reversed(run.history))
+    losses = [step.loss for step in last_epoch if math.isfinite(step.loss)]
+    return f"{sum(losses) / len(losses):.1f}" if losses else "none"
