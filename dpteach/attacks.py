@@ -7,6 +7,7 @@ private run can cross.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,9 @@ def report(scores: Tensor, members: Tensor) -> dict[str, float]:
     return {**at, "accuracy": float((1 + found - false_positives).max() / 2), "auc": auc(*both)}
 
 
+_DELTAS = np.append(np.geomspace(1e-7, 0.01, 12), np.linspace(0.02, 0.9, 23)).tolist()  # at which ε is asked
+
+
 def most_found(false_positive_rate: Any, *, noise_multiplier: float, sample_rate: float, steps: int) -> Tensor:
     """The largest share of members that any attack on a private run can find: the run's trade-off curve.
 
@@ -163,9 +167,14 @@ def most_found(false_positive_rate: Any, *, noise_multiplier: float, sample_rate
         float64, one for each rate. A bound, from the pairs (ε, δ) that the run meets: found ≤ e^ε·false + δ, and
         1 - false ≤ e^ε·(1 - found) + δ.
 
+    Raises:
+        ValueError: if an argument is out of its range.
+
     Source: Kairouz et al. 2015, Theorem 2.1.
     """
     false = torch.as_tensor(false_positive_rate, dtype=torch.float64)
+    if not ((false >= 0) & (false <= 1)).all():
+        raise ValueError(f"false_positive_rate must be in [0, 1], got {false.min().item():g} … {false.max().item():g}")
     best = torch.ones_like(false)
     for delta, ratio in _pairs(noise_multiplier, sample_rate, steps):
         best = best.minimum(ratio * false + delta).minimum(1 - (1 - false - delta) / ratio)
@@ -178,9 +187,7 @@ def _pairs(noise_multiplier: float, sample_rate: float, steps: int) -> list[tupl
     if noise_multiplier == 0:
         return []
     run: dict[str, Any] = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps}
-    return [
-        (delta, float(np.exp(epsilon(**run, target_delta=delta)))) for delta in np.geomspace(1e-7, 0.9, 24).tolist()
-    ]
+    return [(delta, math.exp(min(700, epsilon(**run, target_delta=delta)))) for delta in _DELTAS]
 
 
 def imprint_model(public: Data, units: int = 512) -> nn.Sequential:

@@ -97,7 +97,7 @@ def relative_scores(target, references, included):
     def log_density(rows):
         mean = (references * rows).sum(0) / rows.sum(0)  # (n,): of the models of this side
         variance = ((references - mean) ** 2 * rows).sum() / rows.sum()  # one for all records
-        return Normal(mean, variance.sqrt()).log_prob(target)
+        return torch.distributions.Normal(mean, variance.sqrt()).log_prob(target)
 
     return log_density(included) - log_density(~included)
 
@@ -141,7 +141,8 @@ exercise_8_2 = coding(
     "8.2",
     hint="`(references * rows).sum(0) / rows.sum(0)` is each record's mean over the models that `rows` marks. The "
     "variance is the mean of all squared distances from those means, over all records at once. "
-    "`Normal(mean, variance.sqrt()).log_prob(target)` is the log-density; you need it twice: `included`, `~included`.",
+    "`torch.distributions.Normal(mean, variance.sqrt()).log_prob(target)` is the log-density; you need it twice: for "
+    "`included` and for `~included`.",
     reference=relative_scores,
     dtype=(torch.float64, "In float32, scores of records that the models are sure of tie."),
     inputs=[lambda: _models(1, 8, 5), lambda: _models(2, 16, 30), lambda: _models(3, 24, 4)],
