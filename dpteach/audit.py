@@ -262,7 +262,7 @@ def gaussian_fit(scores: Tensor, included: Tensor, *, target_delta: float = 1e-5
     """ε from two bells: how far apart the scores of those in and out are, in their standard deviation.
 
     **Assumes** the curve of Gaussian noise, as :func:`one_run_fdp`, and bells of one width, with independent scores.
-    Where that holds it is the tightest. Where it does not, it accuses the honest.
+    Where that holds it is the tightest. Where it does not, it convicts the honest.
 
     Args, errors and the value as for :func:`clopper_pearson`; one more error where the scores do not spread.
 

@@ -197,7 +197,7 @@ exercise_8_5 = choose(
         Wrong(
             "a",
             "trainer a adds twice the noise that it claims. Its bound is far below its claim, and its claim is true. "
-            "A low bound proves nothing, but it accuses nobody either. Whose bound is *above* the claim?",
+            "A low bound proves nothing. Whose bound is *above* the claim?",
         ),
         Wrong(
             "b",
