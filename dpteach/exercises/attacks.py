@@ -3,6 +3,7 @@
 import torch
 from torch.distributions import Normal
 
+from dpteach.exercises import audit
 from dpteach.exercises.core import Wrong, choose, coding
 
 # 8.1: the reconstruction
@@ -242,4 +243,4 @@ exercise_8_3 = choose(
     "The AUC and the accuracy average over everybody; and another attack may find more.",
 )
 
-EXERCISES = [exercise_8_1, exercise_8_2, exercise_8_3]
+EXERCISES = [exercise_8_1, exercise_8_2, exercise_8_3, *audit.EXERCISES]
