@@ -10,6 +10,7 @@ A bound above the claimed ε convicts a trainer. A low bound proves nothing: a b
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,33 +176,23 @@ def clopper_pearson(scores: Tensor, included: Tensor, *, target_delta: float = 1
     Source: Clopper & Pearson 1934; as an audit, Jagielski et al. 2020.
     """
     s, coins, delta, error = _checked(scores, included, target_delta, confidence)
-    halves = [(s[k::2][coins[k::2]], s[k::2][~coins[k::2]]) for k in (0, 1)]
+    halves = [(np.sort(s[k::2][coins[k::2]]), np.sort(s[k::2][~coins[k::2]])) for k in (0, 1)]
     if not all(len(part) for half in halves for part in half):
         return 0.0
 
-    def bound(half: tuple[np.ndarray, np.ndarray], threshold: float) -> float:
-        (hits, n), (false, k) = (((part >= threshold).sum(), len(part)) for part in half)
-        return clopper_pearson_of(int(hits), n, int(false), k, target_delta=delta, confidence=1 - error)
+    def bounds(half: tuple[np.ndarray, np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+        hits, false = (len(part) - np.searchsorted(part, thresholds) for part in half)
+        return _clopper_pearson(hits, len(half[0]), false, len(half[1]), delta, error)
 
-    return bound(halves[1], max(np.unique(s[::2]), key=lambda threshold: bound(halves[0], threshold)))
+    thresholds = np.unique(s[::2])
+    return float(bounds(halves[1], thresholds[[bounds(halves[0], thresholds).argmax()]])[0])
 
 
-def clopper_pearson_of(
-    hits: int, members: int, false_positives: int, strangers: int, *, target_delta: float = 1e-5, confidence: float
-) -> float:
-    """:func:`clopper_pearson` of counts: ``hits`` of ``members`` said to be in, ``false_positives`` of ``strangers``.
-
-    ε >= ln((TPR - δ) / FPR), with TPR at the low end of its interval and FPR at the high end of its own. Each may err
-    with half of what ``confidence`` leaves.
-    """
-    error = (1 - confidence) / 2
-    low = stats.beta.ppf(error, hits, members - hits + 1) if hits else 0.0
-    high = (
-        stats.beta.ppf(1 - error, false_positives + 1, strangers - false_positives)
-        if false_positives < strangers
-        else 1
-    )
-    return max(0.0, math.log((low - target_delta) / high)) if low > target_delta else 0.0
+def _clopper_pearson(hits: Any, members: int, false: Any, strangers: int, delta: float, error: float) -> np.ndarray:
+    """ln((TPR - δ) / FPR) with TPR at the low end of its interval and FPR at the high end: each may err by half."""
+    low = np.nan_to_num(stats.beta.ppf(error / 2, hits, members - hits + 1))
+    high = np.nan_to_num(stats.beta.ppf(1 - error / 2, false + 1, strangers - false), nan=1.0)
+    return np.log(np.maximum(low - delta, high) / high)  # 0 where nothing can be said
 
 
 def one_run(scores: Tensor, included: Tensor, *, target_delta: float = 1e-5, confidence: float = 0.95) -> float:

@@ -220,11 +220,11 @@ _STEP_TRAITS = {
     "sum": "without noise (σ = 0), what you return is not the clipped sum over `expected_batch_size`: it is off by "
     "{mine:.0%} of its length.",
     "empty": "for a batch without records you return NaN or infinity. Its sum is zero, and it gets noise too.",
+    "coordinates": "the noise is the same in every coordinate: it cancels in the difference of two.",
     "noise": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided "
     "with it.",
     "last": "in the last parameter, the standard deviation of your noise is {times:.3g} times what it must be. Who "
     "reads the whole model reads that part too.",
-    "coordinates": "the noise is the same in every coordinate: it cancels in the difference of two.",
     "in turn": "the noise of one call can be told from that of the call before: it cancels in their difference.",
     "moves": "the same-seed test: one record moves your sum by {mine:.2f}·C. Clip each gradient to C, before the sum.",
     "caught": "the audit's lower bound is above the ε that your steps claim.",
@@ -263,9 +263,9 @@ def _audited(fn: Any, args: tuple) -> Any:
     return {
         "sum": ((step(X, y, 0.0) - right).norm() / right.norm()).item(),
         "empty": float(step(X[:0], y[:0], sigma).isfinite().all()),
+        "coordinates": (noise.std(1).mean() / noise.std().clamp(min=1e-9)).item(),
         "noise": (noise[:, :-last] - noise[:, :-last].mean(0)).std().item(),
         "last": (noise[:, -last:] - noise[:, -last:].mean(0)).std().item(),
-        "coordinates": (noise.std(1).mean() / noise.std().clamp(min=1e-9)).item(),
         "in turn": ((noise[1:] * noise[:-1]).mean() / noise.square().mean().clamp(min=1e-9)).item(),
         "moves": sensitivity(trainer),
         "caught": float(diverged or audit.lower_bound() > audit.epsilon),
