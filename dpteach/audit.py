@@ -270,15 +270,15 @@ def gaussian_fit(scores: Tensor, included: Tensor, *, target_delta: float = 1e-5
 
 
 def gaussian_epsilon(mu: float, target_delta: float = 1e-5) -> float:
-    """ε at δ of a mechanism that is μ-GDP: T steps of DP-SGD with q = 1 have μ = √T/σ. 0.0 for μ <= 0.
+    """ε at δ of a μ-GDP mechanism: T steps of DP-SGD with q = 1 have μ = √T/σ. 0.0 for μ <= 0; else ∞ for δ = 0.
 
     Source: Balle & Wang 2018; Dong, Roth & Su 2019, Corollary 2.13.
 
     >>> round(gaussian_epsilon(1.0, 1e-5), 2)
     4.38
     """
-    if mu <= 0:
-        return 0.0
+    if mu <= 0 or target_delta == 0:
+        return 0.0 if mu <= 0 else math.inf
 
     def too_small(epsilon: float) -> float:
         above, below = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2

@@ -80,7 +80,10 @@ def test_the_gaussian_curve_costs_what_the_accountant_says(sigma, steps, delta):
     mine = audit.gaussian_epsilon(math.sqrt(steps) / sigma, delta)
     theirs = epsilon(noise_multiplier=sigma, sample_rate=1.0, steps=steps, target_delta=delta, accountant="pld")
     assert mine - 1e-6 <= theirs < mine + 0.02 + 0.002 * mine
-    assert audit.gaussian_epsilon(0.0) == audit.gaussian_epsilon(-1.0) == 0.0
+    assert (
+        audit.gaussian_epsilon(0.0) == audit.gaussian_epsilon(-1.0) == 0.0
+        and audit.gaussian_epsilon(1.0, 0) == math.inf
+    )
 
 
 def test_clopper_pearson_ends_where_the_binomial_leaves_half_of_the_error():
@@ -156,6 +159,14 @@ def test_a_private_record_leaves_no_trace_where_the_canaries_live(ground):
     runs = [audit.audit_training(train, data, pixels, noise_multiplier=1.0) for data in (digits, digits.take(100))]
     n = [len(data) + int(runs[0].included.sum()) for data in (digits, digits.take(100))]
     assert torch.allclose(runs[0].seen[0] * n[0], runs[1].seen[0] * n[1], atol=1e-4)  # the first step
+
+
+def test_two_looks_at_every_step_share_the_error(honest):
+    run = honest[0]
+    looks = [audit.one_run(look, run.included, confidence=0.975) for look in (run.scores, run.seen.var(0))]
+    assert run.lower_bound() == pytest.approx(max(looks)) and max(looks) > 0
+    one_step = audit.Audit(run.included, run.seen[:1], run.epsilon)
+    assert one_step.lower_bound() == audit.one_run(run.seen[0], run.included)
 
 
 def test_dim_canaries_give_a_low_bound_on_the_same_training(ground):
