@@ -121,10 +121,11 @@ exercise_8_4 = coding(
     "below 0 says nothing: return 0.",
     reference=epsilon_at_least,
     inputs=[
-        lambda: (70, 100, 10, 100, 1e-2, 0.95),
+        lambda: (70, 100, 10, 100, 0.1, 0.95),
         lambda: (300, 400, 20, 400, 1e-5, 0.9),
         lambda: (100, 100, 0, 200, 1e-5, 0.95),  # no false positive: the share itself would say infinity
         lambda: (10, 100, 12, 100, 1e-5, 0.95),
+        lambda: (8, 100, 0, 400, 1e-5, 0.95),
         lambda: (0, 50, 0, 50, 1e-5, 0.95),
     ],
     wrong=[
@@ -245,16 +246,17 @@ def _audited(fn: Any, args: tuple) -> Any:
     model, X, y, sigma, C, size, generator = args
     P = sum(p.numel() for p in model.parameters())
 
-    def step(X: Tensor, y: Tensor, sigma: float) -> Tensor:
+    def step(X: Tensor, y: Tensor, sigma: float, C: float = C) -> Tensor:
         gradient = attempted(fn(model, X, y, sigma, C, size, generator))
         if not isinstance(gradient, Tensor) or gradient.shape != (P,):
             found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else f"a {type(gradient).__name__}"
             raise Complaint(f"your function must return a tensor of shape (P,), here {(P,)}, got {found}.")
         return gradient.detach().double()
 
-    right = clip(per_sample_gradients(model, F.cross_entropy, X, y), C).sum(0).double() / size
-    draws = torch.stack([step(X, y, sigma) for _ in range(200)]) - right
-    noise = draws * size / (sigma * C)
+    rows = per_sample_gradients(model, F.cross_entropy, X, y)
+    right, wide = (clip(rows, c).sum(0).double() / size for c in (C, 2 * C))
+    pairs = [(step(X, y, sigma) - right, (step(X, y, sigma, 2 * C) - wide) / 2) for _ in range(100)]
+    noise = torch.stack([draw for pair in pairs for draw in pair]) * size / (sigma * C)
     last = list(model.parameters())[-1].numel()
     data, pixels = _ground()
     trainer = trainer_of(fn)
