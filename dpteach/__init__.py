@@ -28,7 +28,7 @@ _NAMES = {
     "ledger": "Ledger",
     "training": "Step train",
     "federated": "Worker federated_average train_rounds",
-    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
+    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene scenes",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
 _ROOMS = sorted({*_NAMES, "attacks", "exercises", "experiments", "flower", "guards", "models", "optim", "plots"})

@@ -17,6 +17,7 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpteach import models, plots
@@ -27,6 +28,8 @@ from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
 from dpteach.explorer.numbers import most_believed, odds_in_words, points, right_of_100
 from dpteach.federated import Worker, train_rounds
+from dpteach.ledger import Ledger
+from dpteach.mechanism import clip, per_sample_gradients
 from dpteach.plots import Line, Panel
 from dpteach.plots.items import array, thin
 from dpteach.plots.panel import tick_text, ticks
@@ -201,6 +204,19 @@ def test_the_baseline_is_trained_once_for_all_noise_clipping_and_learning_rates(
     assert sorted(runs) == [("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 2.0), ("sgd", 1.0)]
     assert [s.step for s in explorer.run.baseline.history] == [s.step for s in explorer.steps]
     assert explorer.summary().endswith("% at learning rate 1.") and "learning rate 2;" in explorer.summary()
+
+
+def test_fewer_epochs_or_another_batch_size_never_make_the_baseline_worse(explore):
+    explorer = explore()
+    explorer.wait(30)
+    before = explorer.run.baseline
+    for name, value in (("epochs", 1), ("batch_size", 400)):
+        explorer.controls[name].value = value
+        explorer.wait(30)
+        assert explorer.run.baseline is before and explorer.run.steps < before.steps and before.complete
+    explorer.controls["epochs"].value = 4
+    explorer.wait(30)
+    assert explorer.run.baseline.settings == dataclasses.replace(QUICK, epochs=4)
 
 
 def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
@@ -394,7 +410,7 @@ def test_the_live_picture_is_well_formed_and_speaks_its_figures(explore):
 
 def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_step(explore):
     heard = []
-    explorer = explore(LONG)
+    explorer = explore(LONG, baseline=False)
     explorer.stop()
     explorer.wait(10)
     explorer._spoken.observe(lambda change: heard.append(change["new"]), "value")
@@ -422,7 +438,7 @@ def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
 
 def test_the_folded_sliders_unfold_by_a_button(explore):
     controls = explore().widget.children[0].children[0]
-    button, inside = next(row for row in controls.children if isinstance(row, widgets.VBox)).children
+    button, inside = next(row for row in controls.children if isinstance(row.children[0], widgets.HBox)).children
     assert inside.layout.display == "none"
     button.children[0].value = True
     assert inside.layout.display == "flex"
@@ -581,10 +597,104 @@ def test_a_choice_brings_the_settings_of_a_run_back_and_presets_are_offered(expl
     assert choices[1].startswith("run 2: ε ≤") and choices[2].startswith("run 1: ε ≤") and "too private" in choices
     explorer._back.value = 2
     explorer.wait(30)
-    assert explorer.steps == first and len(explorer.kept) == 2
+    assert explorer._start_settings == QUICK and explorer.steps == first and len(explorer.kept) == 2
     explorer._back.value = choices.index("C too small")
     explorer.wait(30)
     assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.01)
+
+
+def test_a_settings_string_brings_a_run_back_and_a_wrong_one_changes_nothing(explore):
+    explorer = explore(dataclasses.replace(QUICK, seed=7))
+    explorer.wait(30)
+    text, first = explorer.settings_string, explorer.steps
+    assert explorer._code.value == text and "seed=7" in text and text.count("&") == 6
+    other = explore(Settings(3.0, 0.2, epochs=5, batch_size=50, lr=0.1, target_delta=1e-4))
+    other._code.value = "?" + text  # as a learner pastes it
+    other.wait(30)
+    assert other.settings == explorer.settings and other.steps == first
+    for wrong in ("sigma=2", "noise_multiplier=many", "lr=-1", "noise_multiplier", "epochs=0"):
+        other.bring_back(wrong)
+        assert other.status.startswith("These settings can't be read: "), wrong
+        assert other.settings == explorer.settings and not other.busy
+    other.bring_back("seed=")
+    assert other.settings.seed is None
+
+
+def test_a_challenge_counts_the_tries_and_what_they_cost_together(explore):
+    explorer = explore(Settings(2.0, epochs=2, batch_size=100, lr=1.0), challenge=(5.0, 0.8))
+    explorer.wait(30)
+    assert "at least 80%. Not met yet. Tries: 1." in explorer._played.value or "Met by run 1!" in explorer._played.value
+    for sigma in (0.3, 1.5):
+        explorer.controls["noise_multiplier"].value = sigma
+        explorer.wait(30)
+    ledger = Ledger()
+    for sigma in (2.0, 0.3, 1.5):
+        ledger.charge(noise_multiplier=sigma, sample_rate=1 / 4, steps=8)
+    spent = ledger.epsilon(accountant="rdp")
+    assert f"Tries: 3. Who picks the best of them has spent ε ≤ {plots.short(spent)}" in explorer._played.value
+    assert spent > max(k.epsilon for k in explorer.kept)
+    (area,) = [item for item in explorer._panels()[0].items if isinstance(item, plots.Band)]
+    assert (area.xs[1], area.low[0]) == (5.0, 0.8)
+    explorer.controls["lr"].value = 4.0
+    explorer.controls["epochs"].value = 10
+    explorer.wait(30)
+    met = [k.number for k in explorer.kept if k.epsilon <= 5 and k.accuracy >= 0.8]
+    assert met and f"Met by run {met[0]}!" in explorer._played.value
+
+
+@pytest.mark.parametrize(
+    "changes, limit",
+    [
+        ({"noise_multiplier": 10.0}, "The noise holds it back"),
+        ({"max_grad_norm": 0.01}, "Too few or too small steps"),
+        ({"noise_multiplier": 0.1, "max_grad_norm": 10.0, "lr": 0.01}, "Too few or too small steps"),
+        ({"noise_multiplier": 0.1, "lr": 3.0}, "Nothing holds it back"),
+    ],
+)
+def test_what_limits_a_run_is_told_by_what_was_measured(explore, changes, limit):
+    """And it is so: without noise only the noisy one gets better."""
+    start = Settings(epochs=20, batch_size=50, lr=1.0)
+    explorer = explore(start, baseline_lr=2.0, test_data=two_moons(500, seed=1))
+    for name, value in changes.items():
+        explorer.controls[name].value = value
+    explorer.wait(60)
+    told = explorer._why.value
+    assert limit in told
+    run, records = explorer.run, two_moons(400).take(torch.linspace(0, 399, 100).long())
+    norms = per_sample_gradients(run.model, F.cross_entropy, records.X, records.y).norm(dim=1)
+    assert f"{float((norms > run.settings.max_grad_norm).float().mean()):.0%} at the end" in told
+    quiet = dataclasses.replace(run.settings, noise_multiplier=0.0)
+    *_, last = train(models.mlp(), two_moons(400), quiet, test_data=two_moons(500, seed=1))
+    assert (last.accuracy - run.accuracy > 0.02) == ("noise holds" in told)
+
+
+def test_the_signal_is_told_in_noises(explore):
+    explorer = explore()
+    explorer.wait(30)
+    model, records = models.mlp(), two_moons(400).take(torch.linspace(0, 399, 100).long())
+    shares = clip(per_sample_gradients(model, F.cross_entropy, records.X, records.y), 1.0)
+    size = sum(p.numel() for p in model.parameters())
+    ratio = 100 * float(shares.mean(0).norm()) / math.sqrt(size)  # 100 records a batch, σ = C = 1
+    assert (
+        f"the signal is {plots.short(ratio)} times the noise, over all 8 about {plots.short(ratio * math.sqrt(8))} times"
+        in explorer._why.value
+    )
+
+
+def test_reset_puts_every_slider_back_and_a_mark_stands_there(explore):
+    explorer = explore(dataclasses.replace(QUICK, max_grad_norm=0.1))
+    for name in ("noise_multiplier", "max_grad_norm", "lr"):
+        explorer.controls[name].value = 5.0
+    explorer.reset()
+    assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.1)
+    marks = explorer._rows["max_grad_norm"].children[1].value  # from 0.01 to 100
+    assert re.findall(r"left:([\d.]+)%\">([^<]*)<", marks) == [
+        *zip(("0.0", "25.0", "50.0", "75.0", "100.0"), ("0.01", "0.1", "1", "10", "100")),
+        ("25.0", "▴"),
+    ]
+    for name, row in explorer._rows.items():  # no mark outside, whatever the ends
+        places = [float(place) for place in re.findall(r"left:([\d.-]+)%", row.children[1].value)]
+        assert len(places) >= 3 and min(places) >= 0 and max(places) <= 100, name
 
 
 def test_a_moved_slider_is_answered_before_any_training(explore, monkeypatch):

@@ -20,7 +20,7 @@ LIVE = {
                                  workers=("alice", "the hospital in the next town"))""",
     "Playground": 'live = Playground({"two moons": Scene(data, models.mlp, quick, unseen)})',
 }
-SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start", "Stop"]
+SLIDERS, BUTTONS = ["noise multiplier σ", "clipping norm C", "epochs"], ["Start", "Stop", "Reset"]
 CONTROLS = {  # what Tab must reach, in this order
     "Explorer": [*SLIDERS, "More: learning rate, batch size", "bring back", *BUTTONS],
     "Viewer": ["noise multiplier σ", "prior"],

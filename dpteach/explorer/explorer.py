@@ -5,8 +5,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from html import escape
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
+import ipywidgets as widgets
 import numpy as np
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
 from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, menu, number_text
+from dpteach.explorer.explain import explain
 from dpteach.explorer.training import (
     EPSILONS,
     Curve,
@@ -27,13 +31,13 @@ from dpteach.explorer.training import (
     loss_panel,
 )
 from dpteach.federated import Worker
-from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
+from dpteach.ledger import Ledger
+from dpteach.plots import Band, Field, Line, Mark, Panel, Points, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
 _MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
 _PRESETS: dict[str, dict[str, float]] = {
-    "as it opened": {},
     "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
     "textbook: σ = 1, C = 1": {"noise_multiplier": 1.0, "max_grad_norm": 1.0},
     "too private": {"noise_multiplier": 10.0, "max_grad_norm": 1.0},
@@ -69,12 +73,14 @@ class Explorer(LiveTraining):
         settings: where the sliders start, and the settings that have none.
         method, optimizer: as for :func:`dpteach.training.train`.
         sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
-        baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
+        baseline: also train without privacy, for comparison; once for all values of the sliders but epochs: with the
+            batch size of ``settings``, and at least as many epochs.
         baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
             Beside a baseline whose learning rate suits the private run only, privacy seems to help.
         test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
             so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
+        challenge: an ε and an accuracy to reach: ``(2.0, 0.9)``. Tries are counted, with what they cost together.
 
     Attributes:
         controls: the slider widgets by setting name.
@@ -102,7 +108,9 @@ class Explorer(LiveTraining):
         baseline_lr: float | None = None,
         test_data: Data | None = None,
         ranges: dict[str, Range] | None = None,
+        challenge: tuple[float, float] | None = None,
     ):
+        self._challenge, self._tries = challenge, Ledger()
         self._data, self._start_settings = data, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._private = method != "sgd"
@@ -111,7 +119,7 @@ class Explorer(LiveTraining):
         tuned = baseline_lr is not None
         self._baseline_lr = number("baseline_lr", baseline_lr, low=0, above=True) if tuned else settings.lr
         self._baseline_optimizer = "sgd" if tuned else optimizer
-        self._baselines: dict[tuple, Run] = {}
+        self._plain: Run | None = None  # the run without privacy, once it is whole
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
         self._classes = class_count(data)
@@ -128,11 +136,18 @@ class Explorer(LiveTraining):
         self._ghosts: list[tuple[Line, ...]] = []  # loss, ε and accuracy of the last runs
         self._back = menu("bring back", [("choose …", 0)])
         self._offer()
-        self._back.observe(lambda change: self._bring_back(change["new"]), "value")
-        rows = [self.controls[name] for name in sliders]
+        self._back.observe(lambda change: self._set(self._offered[change["new"] or 0]), "value")
+        self._code = widgets.Text(description="settings", continuous_update=False, layout=widgets.Layout(width="auto"))
+        self._code.observe(lambda change: self.bring_back(change["new"]), "value")
+        self._played, self._why = widgets.HTML(), widgets.HTML()
+        for words in (self._played, self._why):
+            words.add_class("dpteach-small")
+        rows = [self._rows[name] for name in sliders]
         if rest:
-            rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self.controls[name] for name in rest]))
-        self._lay_out([*rows, self._back])
+            rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self._rows[name] for name in rest]))
+        rows += [self._back, folded("Settings as text", [self._code])]
+        self._lay_out(rows, [self._played, folded("Explain this run", [self._why])])
+        self._tell_of_tries()
         self.start()
 
     @property
@@ -167,12 +182,15 @@ class Explorer(LiveTraining):
         return Run(settings, [Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)])
 
     def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        self._code.value = self.settings_string
         baseline = self._baseline_beside(run) if self._baseline else iter(())
         for step in self._train(run):
             next(baseline, None)
             if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
                 why = "the loss is not a number any more. Try a lower learning rate."
                 run.ended = f"Diverged at step {step.step}: {why}"
+            yield
+        for _ in baseline:
             yield
 
     def _train(self, run: Run) -> Iterator[Step]:
@@ -186,9 +204,13 @@ class Explorer(LiveTraining):
 
     def _baseline_beside(self, run: Run) -> Iterator[None]:
         """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
-        plain = dataclasses.replace(run.settings, lr=self._baseline_lr, seed=run.settings.seed or 0)
-        key = (plain.batch_size, plain.epochs)
-        if key not in self._baselines:
+        start = self._start_settings
+        epochs = max(start.epochs, run.settings.epochs)  # fewer, or larger batches, would make it worse than it can be
+        if self._plain is None or self._plain.settings.epochs != epochs:
+            self._plain = None
+            batch_size = min(start.batch_size, len(self._data))
+            changed = {"lr": self._baseline_lr, "seed": start.seed or 0, "epochs": epochs, "batch_size": batch_size}
+            plain = dataclasses.replace(start, **changed)
             worker = Worker(_NAME, self._data, plain, method="sgd", optimizer=self._baseline_optimizer)
             run.baseline = baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
             for _ in self._train(baseline):
@@ -196,8 +218,8 @@ class Explorer(LiveTraining):
                     yield
             believed = self._belief(baseline.model)
             baseline.boundary = None if believed is None else contour(*self._grid[:2], believed, 0.5)
-            self._baselines = {key: baseline}
-        run.baseline = self._baselines[key]
+            self._plain = baseline
+        run.baseline = self._plain
 
     def _price_of(self, run: Run) -> str:
         if not self._private:
@@ -213,6 +235,10 @@ class Explorer(LiveTraining):
 
     def _keep(self, run: Run) -> None:
         super()._keep(run)
+        if self._private:
+            self._why.value = escape(explain(run, models.start(self._make_model, run.settings.seed)))
+            s, sample_rate = run.settings, run.workers[0].sample_rate
+            self._tries.charge(noise_multiplier=s.noise_multiplier, sample_rate=sample_rate, steps=run.steps)
         curves = (run.losses, self._role), (run.epsilons, "budget"), ({_NAME: run.accuracies}, self._role)
         self._ghosts = [*self._ghosts[-_GHOSTS:], tuple(c[_NAME].ghost(role) for c, role in curves)]
         if run.accuracy is None or any(kept.settings == run.settings for kept in self.kept):
@@ -220,6 +246,7 @@ class Explorer(LiveTraining):
         number = self.kept[-1].number + 1 if self.kept else 1
         self.kept = [*self.kept[1 - _MOST_KEPT :], Kept(number, run.settings, run.bound[_NAME], run.accuracy)]
         self._offer()
+        self._tell_of_tries()
 
     def _offer(self) -> None:
         """The menu: settings worth a try, and those of the runs that were kept."""
@@ -230,10 +257,44 @@ class Explorer(LiveTraining):
         self._offered = [{}, *offered.values()]
         self._back.options = [(name, k) for k, name in enumerate(["choose …", *offered])]
 
-    def _bring_back(self, choice: int | None) -> None:
-        for name, value in (self._offered[choice or 0]).items():
-            if name in self._controls:
-                self.controls[name].value = value
+    def _set(self, values: dict[str, Any]) -> None:
+        without_slider = {name: value for name, value in values.items() if name not in self.controls}
+        self._start_settings = dataclasses.replace(self._start_settings, **without_slider)
+        for name in values.keys() & self.controls.keys():
+            self.controls[name].value = values[name]
+
+    @property
+    def settings_string(self) -> str:
+        """The settings as a line of text that :meth:`bring_back` reads, here or on another machine."""
+        return urlencode({k: "" if v is None else f"{v:.12g}" for k, v in dataclasses.asdict(self.settings).items()})
+
+    def bring_back(self, settings_string: str) -> None:
+        """Set the sliders, and the settings that have none, as a :attr:`settings_string` says.
+
+        What it does not name stays. A string that can't be read changes nothing; the status line says why.
+        """
+        try:
+            given = dict(parse_qsl(settings_string.strip().lstrip("?"), keep_blank_values=True, strict_parsing=True))
+            values: dict[str, Any] = {k: float(v) if v else None for k, v in given.items()}
+            if values.get("seed") is not None:
+                values["seed"] = int(values["seed"])
+            dataclasses.replace(self.settings, **values)
+        except (ValueError, TypeError) as error:
+            self._say(f"These settings can't be read: {error}")
+            return
+        self._set(values)
+
+    def _tell_of_tries(self) -> None:
+        if self._challenge is None:
+            return
+        most, least = self._challenge
+        met = [k.number for k in self.kept if k.epsilon <= most and k.accuracy >= least]
+        text = f"Challenge: ε ≤ {most:g} and at least {least:.0%}. "
+        text += f"Met by run {met[0]}! " if met else "Not met yet. "
+        if count := len(self._tries.charges):
+            spent = self._tries.epsilon(target_delta=self.settings.target_delta, accountant="rdp")
+            text += f"Tries: {count}. Who picks the best of them has spent ε ≤ {short(spent)}, not that of one."
+        self._played.value = escape(text)
 
     def _place_of(self, run: Run) -> str:
         return f"step {run.steps_done}"
@@ -284,6 +345,9 @@ class Explorer(LiveTraining):
     def _trade_off_panel(self, run: Run, plan: Run) -> Panel:
         """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
         items: list[Any] = [bands(across=True)]
+        if self._challenge is not None:
+            most, least = self._challenge
+            items.append(Band([EPSILONS[0], most], [least] * 2, [1, 1], "budget"))
         if run.baseline is not None and run.baseline.accuracy is not None:
             items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
         bound = plan.bound.get(_NAME, math.inf)
@@ -383,8 +447,8 @@ class Explorer(LiveTraining):
 
 
 def _on_axis(epsilon: float) -> float:
-    """An ε beyond the axis stands at its end."""
-    return min(max(epsilon, EPSILONS[0]), EPSILONS[1])
+    """An ε beyond the axis stands near its end, where its dot is whole."""
+    return min(max(epsilon, 1.3 * EPSILONS[0]), EPSILONS[1] / 1.3)
 
 
 def _late_loss(run: Run) -> str:

@@ -82,7 +82,7 @@ class FederatedExplorer(LiveTraining):
         averages = [("weighted by records", "size"), ("all the same", "equal")]
         controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
         super().__init__(controls, settings, make_model)
-        self._lay_out([*self.controls.values()])
+        self._lay_out([*self._rows.values()])
         self.start()
 
     @property

@@ -1,19 +1,16 @@
 """An explorer with a choice of data, method and optimizer, and runs kept for comparison."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
 import ipywidgets as widgets
-from torch import nn
 
-from dpteach.data import Data
 from dpteach.explorer.accessibility import accessible_box, live_region
 from dpteach.explorer.controls import button, close_tree, in_a_row, menu, number_text
 from dpteach.explorer.explorer import Explorer
 from dpteach.explorer.live import show_widget
+from dpteach.explorer.scenes import Scene
 from dpteach.plots import Item, Mark, Panel, Points, alt_text, still, svg
 from dpteach.training import OPTIMIZERS, Settings
 
@@ -30,17 +27,6 @@ _COLUMNS = {
     "accuracy": lambda pin: f"{pin.accuracy:.1%}",
     "without privacy": lambda pin: f"{pin.accuracy_without_privacy:.1%}",
 }
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Something to train on: the arguments of an :class:`Explorer`. ``baseline_lr``: a good one without privacy."""
-
-    data: Data
-    make_model: Callable[[], nn.Module]
-    settings: Settings
-    test_data: Data
-    baseline_lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,29 +78,25 @@ class Playground:
         self._scene: Scene | None = None
         self._open()
 
-    def _kept_settings(self, scene: Scene) -> Settings:
-        """Where the sliders start: those that were moved stay where they are, the others begin as the scene says."""
-        if self._scene is None:
-            return scene.settings
-        start = self._scene.settings
-        moved = {name: value for name, value in self.explorer.values.items() if value != getattr(start, name)}
-        if "batch_size" in moved:
-            moved["batch_size"] = min(moved["batch_size"], len(scene.data))
-        return dataclasses.replace(scene.settings, **moved)
-
     def _open(self) -> None:
-        scene = self._scenes[self.menus["scene"].value]
-        settings, self._scene = self._kept_settings(scene), scene
+        scene, moved = self._scenes[self.menus["scene"].value], {}
+        if self._scene is not None:  # what was moved stays where it is, the others begin as the scene says
+            start = self._scene.settings
+            moved = {name: value for name, value in self.explorer.values.items() if value != getattr(start, name)}
+        self._scene = scene
         self.explorer = Explorer(
             scene.data,
             scene.make_model,
-            settings,
+            scene.settings,
             test_data=scene.test_data,
             method=self.menus["method"].value,
             optimizer=self.menus["optimizer"].value,
             baseline_lr=scene.baseline_lr or scene.settings.lr,
+            challenge=scene.challenge,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
+        for name, value in moved.items():
+            self.explorer.controls[name].value = min(value, len(scene.data)) if name == "batch_size" else value
         before, self._place.children = self._place.children, [self.explorer.widget]
         for widget in before:
             close_tree(widget)

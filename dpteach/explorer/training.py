@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from html import escape
@@ -198,11 +198,12 @@ class LiveTraining(LivePicture):
         self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
         self._drawn_at = -math.inf
 
-    def _lay_out(self, controls: list[widgets.Widget]) -> None:
-        """Controls left; numbers, status and pictures right."""
+    def _lay_out(self, controls: list[widgets.Widget], below: Sequence[widgets.Widget] = ()) -> None:
+        """Controls left, with what stands below them; numbers, status and pictures right."""
         start = button("Start", "play", "Train again from the beginning", self.start)
         stop = button("Stop", "stop", "Stop training", self.stop)
-        left = [*controls, in_a_row(start, stop), self._price_line]
+        reset = button("Reset", "undo", "Put every control back where it started", self.reset)
+        left = [*controls, in_a_row(start, stop, reset), self._price_line, *below]
         page = two_columns(left, [self._numbers, self._status_line, self._picture])
         self.widget = accessible_box([page, self._spoken])
 
