@@ -660,7 +660,7 @@ def test_what_limits_a_run_is_told_by_what_was_measured(explore, changes, limit)
     explorer.wait(60)
     told = explorer._why.value
     assert limit in told
-    run, records = explorer.run, two_moons(400).take(torch.linspace(0, 399, 100).long())
+    run, records = explorer.run, two_moons(400).take(torch.linspace(0, 399, 50).long())
     norms = per_sample_gradients(run.model, F.cross_entropy, records.X, records.y).norm(dim=1)
     assert f"{float((norms > run.settings.max_grad_norm).float().mean()):.0%} at the end" in told
     quiet = dataclasses.replace(run.settings, noise_multiplier=0.0)
@@ -671,7 +671,7 @@ def test_what_limits_a_run_is_told_by_what_was_measured(explore, changes, limit)
 def test_the_signal_is_told_in_noises(explore):
     explorer = explore()
     explorer.wait(30)
-    model, records = models.mlp(), two_moons(400).take(torch.linspace(0, 399, 100).long())
+    model, records = models.mlp(), two_moons(400).take(torch.linspace(0, 399, 50).long())
     shares = clip(per_sample_gradients(model, F.cross_entropy, records.X, records.y), 1.0)
     size = sum(p.numel() for p in model.parameters())
     ratio = 100 * float(shares.mean(0).norm()) / math.sqrt(size)  # 100 records a batch, σ = C = 1

@@ -17,8 +17,9 @@ from torch import nn
 from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
-from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, menu, number_text
+from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, menu, number_text
 from dpteach.explorer.explain import explain
+from dpteach.explorer.script import opacus_script
 from dpteach.explorer.training import (
     EPSILONS,
     Curve,
@@ -139,6 +140,9 @@ class Explorer(LiveTraining):
         self._back.observe(lambda change: self._set(self._offered[change["new"] or 0]), "value")
         self._code = widgets.Text(description="settings", continuous_update=False, layout=widgets.Layout(width="auto"))
         self._code.observe(lambda change: self.bring_back(change["new"]), "value")
+        layout = widgets.Layout(width="auto", height="180px")
+        self._script = widgets.Textarea(description="train_private.py", layout=layout)
+        self._script.add_class("dpteach-script")
         self._played, self._why = widgets.HTML(), widgets.HTML()
         for words in (self._played, self._why):
             words.add_class("dpteach-small")
@@ -146,7 +150,12 @@ class Explorer(LiveTraining):
         if rest:
             rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self._rows[name] for name in rest]))
         rows += [self._back, folded("Settings as text", [self._code])]
-        self._lay_out(rows, [self._played, folded("Explain this run", [self._why])])
+        copy = button("Copy", "copy", "Copy the script below", lambda: None)  # page.js copies
+        copy.add_class("dpteach-copy")
+        below = [self._played, folded("Explain this run", [self._why])]
+        if self._private:
+            below.append(folded("Copy as Opacus script", [copy, self._script]))
+        self._lay_out(rows, below)
         self._tell_of_tries()
         self.start()
 
@@ -236,6 +245,10 @@ class Explorer(LiveTraining):
     def _keep(self, run: Run) -> None:
         super()._keep(run)
         if self._private:
+            try:
+                self._script.value = self.script()
+            except ValueError as error:
+                self._script.value = f"# {error}"
             self._why.value = escape(explain(run, models.start(self._make_model, run.settings.seed)))
             s, sample_rate = run.settings, run.workers[0].sample_rate
             self._tries.charge(noise_multiplier=s.noise_multiplier, sample_rate=sample_rate, steps=run.steps)
@@ -283,6 +296,18 @@ class Explorer(LiveTraining):
             self._say(f"These settings can't be read: {error}")
             return
         self._set(values)
+
+    def script(self) -> str:
+        """The last run as ``train_private.py``: Opacus, the same records, model and settings; it runs as it is.
+
+        Raises:
+            ValueError: if no run is complete, it had no privacy, nobody knows what made the records (see
+                :class:`~dpteach.data.Data`), or the model is no ``nn.Sequential`` of PyTorch's layers.
+        """
+        if not (self.run.complete and self._private):
+            raise ValueError("a script needs a private run that went to its end: press Start, and wait")
+        result = f"ε ≤ {self.run.bound[_NAME]:.2f} (RDP), {self._result_of(self.run)}."
+        return opacus_script(self.run, self._test_data, result)
 
     def _tell_of_tries(self) -> None:
         if self._challenge is None:

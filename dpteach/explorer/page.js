@@ -44,13 +44,23 @@
     readout.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 13, bubbles: true}));
   };
 
+  // A page copies for a click only, and what is shown only.
+  const onClick = (event) => {
+    if (!event.target.closest('.dpteach-copy')) return;
+    event.target.closest('.widget-box').querySelector('.dpteach-script textarea').select();
+    document.execCommand('copy');
+  };
+
   const begin = () => {
     const box = element.closest('.dpteach');
     if (!box) {
       setTimeout(begin, 100);
       return;
     }
-    if (!box.parentElement.closest('.dpteach')) box.addEventListener('keydown', onKey, true);
+    if (!box.parentElement.closest('.dpteach')) {
+      box.addEventListener('keydown', onKey, true);
+      box.addEventListener('click', onClick);
+    }
     const watched = {subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuetext']};
     new MutationObserver(() => name(box)).observe(box, watched);
     name(box);
