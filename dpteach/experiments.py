@@ -196,11 +196,18 @@ def _twenty_clients() -> Iterator[dict]:
                 }
 
 
+def _speed() -> Iterator[dict]:
+    from dpteach import speed  # it needs Opacus
+
+    yield from speed.rows()
+
+
 EXPERIMENTS = {
     "twenty-minute-guide": _guide,
     "two-workers": _two_workers,
     "two-workers-plain": _two_workers_plain,
     "twenty-clients": _twenty_clients,
+    "speed": _speed,
 }
 
 
@@ -218,7 +225,7 @@ def run(name: str) -> Path:
     with part.open("w", newline="", encoding="utf8") as file:
         writer = None
         for row in experiment():
-            row = {**row, **made_with}
+            row = {**row, **{name: value for name, value in made_with.items() if name not in row}}
             if writer is None:
                 writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
                 writer.writeheader()
