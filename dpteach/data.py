@@ -75,7 +75,7 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def take(self, indices: int | slice | Sequence[int] | Tensor) -> "Data":
         """The records at ``indices`` (an int count takes the first ones), as a ``Data`` of their own."""
-        known = self.source and isinstance(indices, (int, slice))
+        known = self.source and isinstance(indices, (int, slice, range))
         source = f"{self.source}.take({indices})" if known else ""
         if isinstance(indices, int):
             indices = slice(whole("indices", indices, low=1))
@@ -270,7 +270,7 @@ def load_breast_cancer(train: bool = True) -> Data:
     """
     table = np.loadtxt(_PATIENTS, delimiter=",", skiprows=1)
     table = table[np.random.default_rng(0).permutation(len(table))]
-    X, y = table[:, :-1], torch.from_numpy(table[:, -1]).to(torch.int64)
-    X = torch.from_numpy((X - X[400:].mean(0)) / X[400:].std(0)).to(torch.float32)
+    raw, y = table[:, :-1], torch.from_numpy(table[:, -1]).to(torch.int64)
+    X = torch.from_numpy((raw - raw[400:].mean(0)) / raw[400:].std(0)).to(torch.float32)
     part = slice(0, 400) if train else slice(400, None)
     return Data(X[part], y[part], f"load_breast_cancer({train})")

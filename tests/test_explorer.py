@@ -22,7 +22,7 @@ from torch import nn
 
 from dpteach import models, plots
 from dpteach.accounting import epsilon
-from dpteach.data import split, two_moons
+from dpteach.data import load_mnist, split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
@@ -773,29 +773,6 @@ def test_a_viewer_needs_a_range_for_an_unknown_name():
         Viewer(lambda colour: [], colour=1.0)
 
 
-def test_the_playground_keeps_runs_side_by_side():
-    scenes = {
-        name: Scene(two_moons(300, seed), models.mlp, QUICK, two_moons(200, 9)) for seed, name in enumerate(("a", "b"))
-    }
-    playground = Playground(scenes)
-    try:
-        playground.pin()
-        assert "Nothing to pin yet" in playground._note.value or playground.pinned
-        playground.wait(30)
-        playground._unpin()
-        playground.pin()
-        playground.menus["scene"].value = "b"
-        playground.menus["method"].value = "opacus"
-        playground.wait(30)
-        playground.pin()
-        assert playground._note.value == "Run 2 is pinned."
-        assert [(p.scene, p.method) for p in playground.pinned] == [("a", "dpsgd"), ("b", "opacus")]
-        assert playground.pinned[0].epsilon == playground.pinned[1].epsilon
-        assert f"{playground.pinned[0].accuracy:.1%}" in playground._kept.value
-    finally:
-        playground.explorer.stop()
-
-
 @pytest.fixture
 def play():
     made = []
@@ -816,51 +793,52 @@ def play():
         playground.wait(10)
 
 
-def test_a_run_that_was_stopped_is_not_pinned(play):
-    playground = play(LONG)
-    wait_for(lambda: playground.explorer.steps and playground.explorer.steps[-1].epoch > 2)
-    assert "Nothing to pin yet" in playground._try_to_pin()
-    playground.explorer.stop()
-    playground.wait(10)
-    playground.explorer.run.exact = {"worker": 1.0}  # the price of the whole run may be known long before its end
-    playground.pin()
-    assert playground._note.value == "Nothing to pin: this run did not finish. Press Start to train again."
-    assert playground.pinned == []
-
-
-def test_the_same_run_is_pinned_once(play):
-    playground = play()
-    for again in (False, True):
-        if again:
-            playground.explorer.start()
-        playground.wait(30)
-        playground.pin()
-    assert len(playground.pinned) == 1 and playground._note.value == "This run is pinned already: it is run 1."
-
-
-def test_the_picture_of_a_single_pin_has_ticks_on_both_axes(play):
+def test_the_runs_of_a_playground_stay_as_dots_whatever_the_method_and_go_with_their_data(play):
     playground = play()
     playground.wait(30)
-    playground.pin()
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", playground._kept.value)
-    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in texts) >= 4
-    drawn = [text.get_text() for text in playground.still().axes[0].texts]
-    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in drawn) >= 4
+    playground.menus["method"].value = "opacus"
+    playground.wait(30)
+    first, second = playground.explorer.kept
+    assert (first.number, first.how, second.number, second.how) == (1, "dpsgd, sgd", 2, "opacus, sgd")
+    assert first.exact == second.exact < first.epsilon and first.settings == QUICK
+    assert first.without_privacy == playground.explorer.run.baseline.accuracy
+    assert len(playground.explorer._tries.charges) == 2
+    playground.explorer.start()  # the same run once more
+    playground.wait(30)
+    assert len(playground.explorer.kept) == 2 and len(playground.explorer._tries.charges) == 3
+    playground.menus["scene"].value = "b"
+    playground.wait(30)
+    assert [(k.number, k.how) for k in playground.explorer.kept] == [(1, "opacus, sgd")]
 
 
-def test_the_pinned_runs_without_privacy_are_those_of_the_pins(play):
+def test_a_dot_says_its_settings_to_a_mouse_and_names_its_run_for_a_click(play):
     playground = play()
-    for epochs in (2, 2, 9):
-        playground.explorer.controls["noise_multiplier"].value = 1.0 if not playground.pinned else 2.0
-        playground.explorer.controls["epochs"].value = epochs
-        playground.wait(30)
-        playground.pin()
-        without = playground._panels()[0].items[1]
-        expected = [pin.accuracy_without_privacy for pin in playground.pinned]
-        if epochs == 2:
-            assert isinstance(without, plots.Mark) and [without.y] * len(expected) == expected
-    assert len(set(expected)) == 2 and list(without.ys) == expected
-    assert f"without privacy {', '.join(f'{e:.0%}' for e in expected)}" in playground.summary()
+    playground.wait(30)
+    playground.explorer.controls["noise_multiplier"].value = 5.0
+    playground.wait(30)
+    dots = re.findall(r'data-run="(\d+)"><title>([^<]*)</title>', playground.explorer._picture.value)
+    assert [number for number, _ in dots] == ["1", "2"]
+    kept = playground.explorer.kept[1]
+    assert dots[1][1].startswith(f"Run 2: {kept.accuracy:.1%} at ε = {plots.short(kept.exact)}; noise multiplier σ 5, ")
+    assert "epochs 2" in dots[1][1] and "learning rate 1" in dots[1][1]
+
+
+def test_sixteen_digits_show_what_the_model_says_and_mark_its_mistakes():
+    digits = load_mnist().take(300)
+    explorer = Explorer(
+        digits, lambda: models.mlp(784, 8, 10), Settings(epochs=1, batch_size=100), test_data=digits, baseline=False
+    )
+    explorer.wait(60)
+    panel = next(panel for panel in explorer._panels() if panel.bare)
+    said, true = explorer.run.model(digits.X[:16]).argmax(1), digits.y[:16]
+    assert 0 < int((said != true).sum()) < 16  # so that both kinds are there
+    for role, sign, these in (("private", "", said == true), ("attacker", "✗ ", said != true)):
+        ink = np.concatenate([i.images for i in panel.items if isinstance(i, plots.Pictures) and i.role == role])
+        words = [word for i in panel.items if isinstance(i, plots.Words) and i.role == role for word in i.texts]
+        assert [bool(image.any()) for image in ink] == these.tolist()
+        assert words == [f"{sign}{label}" if this else "" for label, this in zip(said.tolist(), these)]
+    for what in (plots.svg([panel]), plots.still([panel])):
+        assert what is not None
 
 
 def test_a_menu_keeps_the_sliders_that_were_moved(play):
@@ -1004,6 +982,26 @@ def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
     assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")
 
 
+def test_a_federations_runs_are_dots_and_ghosts_and_come_back(federate):
+    explorer = federate(rounds=2, noise_multipliers=(1.5, 1.1))
+    explorer.wait(30)
+    first = explorer.rounds
+    explorer.controls["noise_multiplier_bob"].value = 6.0
+    explorer.controls["rounds"].value = 1
+    explorer.wait(30)
+    plane, accuracy, loss, budget = explorer._panels()
+    dots = next(item for item in plane.items if isinstance(item, plots.Points) and item.names)
+    assert dots.names == ["1", "2"] and dots.xs[0] == max(first[-1].epsilons.values()) == explorer.kept[0].epsilon
+    assert dots.ys == [k.accuracy for k in explorer.kept] and "σ of bob 6" not in dots.tips[0]
+    for panel, count in ((accuracy, 1), (loss, 2), (budget, 2)):
+        assert len([item for item in panel.items if isinstance(item, Line) and item.ghost]) == count
+    explorer._back.value = [name for name, _ in explorer._back.options].index(
+        "run 1: " + explorer._back.options[2][0][7:]
+    )
+    explorer.wait(30)
+    assert explorer.rounds == first and explorer._back.value == 0
+
+
 def test_a_long_federation_says_so_before_its_first_round_ends(federate):
     explorer = federate(rounds=20, settings=Settings(1.2, epochs=20_000, batch_size=50, lr=0.1))
     wait_for(lambda: "minutes to go" in explorer.status, 30)
@@ -1015,7 +1013,7 @@ def test_a_long_federation_says_so_before_its_first_round_ends(federate):
 def test_the_federations_accuracy_is_of_records_not_images(federate):
     explorer = federate(rounds=1)
     explorer.wait(30)
-    assert explorer._panels()[2].y_label == "share of test records right"
+    assert explorer._panels()[1].y_label == "share of test records right"
 
 
 def test_one_training_at_a_time_of_whatever_kind(explore, federate):

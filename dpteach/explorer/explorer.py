@@ -17,7 +17,7 @@ from torch import nn
 from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
-from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, menu, number_text
+from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, number_text
 from dpteach.explorer.explain import explain
 from dpteach.explorer.script import opacus_script
 from dpteach.explorer.training import (
@@ -25,7 +25,6 @@ from dpteach.explorer.training import (
     Curve,
     LiveTraining,
     Run,
-    bands,
     budget_panel,
     class_count,
     diverged,
@@ -33,27 +32,16 @@ from dpteach.explorer.training import (
 )
 from dpteach.federated import Worker
 from dpteach.ledger import Ledger
-from dpteach.plots import Band, Field, Line, Mark, Panel, Points, contour, short
+from dpteach.plots import Band, Field, Item, Line, Panel, Pictures, Points, Words, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
-_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
 _PRESETS: dict[str, dict[str, float]] = {
     "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
     "textbook: σ = 1, C = 1": {"noise_multiplier": 1.0, "max_grad_norm": 1.0},
     "too private": {"noise_multiplier": 10.0, "max_grad_norm": 1.0},
     "C too small": {"noise_multiplier": 1.0, "max_grad_norm": 0.01},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A run that went to its end: a numbered dot in the trade-off. ε by RDP."""
-
-    number: int
-    settings: Settings
-    epsilon: float
-    accuracy: float
 
 
 class Explorer(LiveTraining):
@@ -132,14 +120,12 @@ class Explorer(LiveTraining):
         rest = [name for name in ("lr", "batch_size") if name not in sliders]
         limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
         controls = {name: Slider(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
+        start = dataclasses.asdict(settings)
+        self._presets = {name: start | values for name, values in _PRESETS.items()}
         super().__init__(controls, settings, make_model)
-        self.kept: list[Kept] = []
-        self._ghosts: list[tuple[Line, ...]] = []  # loss, ε and accuracy of the last runs
-        self._back = menu("bring back", [("choose …", 0)])
-        self._offer()
-        self._back.observe(lambda change: self._set(self._offered[change["new"] or 0]), "value")
+        self._written = ""
         self._code = widgets.Text(description="settings", continuous_update=False, layout=widgets.Layout(width="auto"))
-        self._code.observe(lambda change: self.bring_back(change["new"]), "value")
+        self._code.observe(lambda change: self._typed(change["new"]), "value")
         layout = widgets.Layout(width="auto", height="180px")
         self._script = widgets.Textarea(description="train_private.py", layout=layout)
         self._script.add_class("dpteach-script")
@@ -188,10 +174,12 @@ class Explorer(LiveTraining):
 
     def _new_run(self, values: dict[str, Any]) -> Run:
         settings = dataclasses.replace(self._start_settings, **values)
-        return Run(settings, [Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)])
+        worker = Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)
+        return Run(settings, dataclasses.asdict(settings), [worker])
 
     def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
-        self._code.value = self.settings_string
+        self._written = self.settings_string
+        self._code.value = self._written
         baseline = self._baseline_beside(run) if self._baseline else iter(())
         for step in self._train(run):
             next(baseline, None)
@@ -218,10 +206,15 @@ class Explorer(LiveTraining):
         if self._plain is None or self._plain.settings.epochs != epochs:
             self._plain = None
             batch_size = min(start.batch_size, len(self._data))
-            changed = {"lr": self._baseline_lr, "seed": start.seed or 0, "epochs": epochs, "batch_size": batch_size}
+            changed: dict[str, Any] = {
+                "lr": self._baseline_lr,
+                "seed": start.seed or 0,
+                "epochs": epochs,
+                "batch_size": batch_size,
+            }
             plain = dataclasses.replace(start, **changed)
             worker = Worker(_NAME, self._data, plain, method="sgd", optimizer=self._baseline_optimizer)
-            run.baseline = baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
+            run.baseline = baseline = Run(plain, {}, [worker], model=models.start(self._make_model, plain.seed))
             for _ in self._train(baseline):
                 if not baseline.complete:
                     yield
@@ -243,7 +236,6 @@ class Explorer(LiveTraining):
         return f"ε = {run.exact[_NAME]:.2f} {delta} (PRV; the quick RDP bound says {bound:.2f})"
 
     def _keep(self, run: Run) -> None:
-        super()._keep(run)
         if self._private:
             try:
                 self._script.value = self.script()
@@ -252,34 +244,32 @@ class Explorer(LiveTraining):
             self._why.value = escape(explain(run, models.start(self._make_model, run.settings.seed)))
             s, sample_rate = run.settings, run.workers[0].sample_rate
             self._tries.charge(noise_multiplier=s.noise_multiplier, sample_rate=sample_rate, steps=run.steps)
-        curves = (run.losses, self._role), (run.epsilons, "budget"), ({_NAME: run.accuracies}, self._role)
-        self._ghosts = [*self._ghosts[-_GHOSTS:], tuple(c[_NAME].ghost(role) for c, role in curves)]
-        if run.accuracy is None or any(kept.settings == run.settings for kept in self.kept):
-            return
-        number = self.kept[-1].number + 1 if self.kept else 1
-        self.kept = [*self.kept[1 - _MOST_KEPT :], Kept(number, run.settings, run.bound[_NAME], run.accuracy)]
+        super()._keep(run)
+        self._tell_of_tries()
+
+    def go_on_from(self, before: "Explorer") -> None:
+        """Take over the runs that another explorer on the same records kept, and its tries."""
+        self.kept, self._ghosts, self._tries = before.kept, before._ghosts, before._tries
         self._offer()
         self._tell_of_tries()
 
-    def _offer(self) -> None:
-        """The menu: settings worth a try, and those of the runs that were kept."""
-        names = {f"run {k.number}: ε ≤ {short(k.epsilon)}, {k.accuracy:.0%}": k.settings for k in reversed(self.kept)}
-        offered = {name: dataclasses.asdict(s) for name, s in names.items()}
-        start = dataclasses.asdict(self._start_settings)
-        offered |= {name: start | values for name, values in _PRESETS.items()}
-        self._offered = [{}, *offered.values()]
-        self._back.options = [(name, k) for k, name in enumerate(["choose …", *offered])]
+    def _curves_of(self, run: Run) -> list[list[tuple[Curve, str]]]:
+        roles = (run.losses[_NAME], self._role), (run.epsilons[_NAME], "budget"), (run.accuracies, self._role)
+        return [[curve] for curve in roles]
 
     def _set(self, values: dict[str, Any]) -> None:
         without_slider = {name: value for name, value in values.items() if name not in self.controls}
         self._start_settings = dataclasses.replace(self._start_settings, **without_slider)
-        for name in values.keys() & self.controls.keys():
-            self.controls[name].value = values[name]
+        super()._set(values)
 
     @property
     def settings_string(self) -> str:
         """The settings as a line of text that :meth:`bring_back` reads, here or on another machine."""
         return urlencode({k: "" if v is None else f"{v:.12g}" for k, v in dataclasses.asdict(self.settings).items()})
+
+    def _typed(self, text: str) -> None:
+        if text != self._written:  # which the sliders may have left behind
+            self.bring_back(text)
 
     def bring_back(self, settings_string: str) -> None:
         """Set the sliders, and the settings that have none, as a :attr:`settings_string` says.
@@ -344,10 +334,12 @@ class Explorer(LiveTraining):
         if not run.workers:
             run = plan or run
         plan = plan or run
-        reached = (self._boundary_panel if self._plane else self._accuracy_panel)(run)
+        images = tuple(self._test_data.X.shape[1:]) == (1, 28, 28)
+        reached = (self._boundary_panel if self._plane else self._digits_panel if images else self._accuracy_panel)(run)
         panels = [reached, self._loss_panel(run)]
         if self._private:
-            panels = [self._trade_off_panel(run, plan), *panels, self._budget_panel(run, plan)]
+            goal = [] if self._challenge is None else [_goal(*self._challenge)]
+            panels = [self._trade_off_panel(run, plan, *goal), *panels, self._budget_panel(run, plan)]
         s = plan.settings
         setting = f"Learning rate {number_text(s.lr)}"
         if self._private:
@@ -355,54 +347,12 @@ class Explorer(LiveTraining):
         panels[0] = dataclasses.replace(panels[0], alt=f"{setting}, {s.epochs} epochs. {panels[0].alt}")
         return panels
 
-    def _ghosts_of(self, run: Run, which: int) -> list[Line]:
-        """The last runs; where ``run`` itself is the last one, those before it."""
-        over = self._ghosts[:-1] if run.complete else self._ghosts
-        return [ghosts[which] for ghosts in over[-_GHOSTS:]]
-
     def _curves(self, run: Run, curve_of: Callable[[Run], Any], label: str) -> list[Line]:
         """A curve of the run, and below it the one of the run without privacy."""
         lines = []
         if run.baseline is not None:
             lines.append(curve_of(run.baseline).line("non-private", "without privacy", dashed=True))
         return [*lines, curve_of(run).line(self._role, "with privacy" if self._private else label)]
-
-    def _trade_off_panel(self, run: Run, plan: Run) -> Panel:
-        """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
-        items: list[Any] = [bands(across=True)]
-        if self._challenge is not None:
-            most, least = self._challenge
-            items.append(Band([EPSILONS[0], most], [least] * 2, [1, 1], "budget"))
-        if run.baseline is not None and run.baseline.accuracy is not None:
-            items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
-        bound = plan.bound.get(_NAME, math.inf)
-        items.append(Mark("budget", x=_on_axis(bound)))
-        kept = sorted(self.kept, key=lambda k: k.epsilon)
-        best = list(itertools.accumulate((k.accuracy for k in kept), max))
-        if len(kept) > 1:  # a staircase: nothing in between was reached
-            items.append(
-                Line(
-                    np.repeat([_on_axis(k.epsilon) for k in kept], 2)[1:],
-                    np.repeat(best, 2)[:-1],
-                    "private",
-                    "best so far",
-                )
-            )
-        places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
-        # Many would hide each other.
-        for some, numbered in ((slice(-_NUMBERED), False), (slice(-_NUMBERED, None), True)):
-            xs, ys = zip(*places[some]) if places[some] else ([], [])
-            names = [str(k.number) for k in self.kept[some]] if numbered else ()
-            items.append(Points(xs, ys, "private", names=names))
-        spent = run.epsilons[_NAME].ys
-        if spent and run.accuracy is not None and not run.complete and plan is run:
-            items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))
-        told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
-        alt = (
-            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
-        )
-        words = "Privacy against accuracy", "ε of the whole run (RDP bound)", self._accuracy_of
-        return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)
 
     def _loss_panel(self, run: Run) -> Panel:
         alt = f"Loss by step: {_late_loss(run)} at the end"
@@ -444,6 +394,26 @@ class Explorer(LiveTraining):
         x_range = (0, max(run.settings.epochs, 2))
         return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(1 / self._classes, 1))
 
+    def _digits_panel(self, run: Run) -> Panel:
+        """Sixteen test records and what the model says they are; a mistake has the attacker's colour, and a cross."""
+        shown = self._test_data.take(range(min(16, len(self._test_data))))
+        said = shown.y
+        if run.model is not None:
+            with torch.no_grad():
+                said = run.model(shown.X.to(next(run.model.parameters()).device)).argmax(1).cpu()
+        items: list[Item] = []
+        right = said == shown.y
+        for top, row in ((3.0, slice(0, 8)), (1.4, slice(8, 16))):
+            for role, sign, these in (("private", "", right), ("attacker", "✗ ", ~right)):
+                items.append(Pictures((shown.X[row, 0] * these[row, None, None]).numpy(), 8, top, role))
+                words = [f"{sign}{label}" if this else "" for label, this in zip(said[row].tolist(), these[row])]
+                items.append(Words(np.arange(len(words)) + 0.5, np.full(len(words), top - 1.3), words, role))
+        title, alt = self._accuracy_of.capitalize(), "Sixteen test digits, with what the model says they are; "
+        alt += f"{title.lower()} " + ("not known yet" if run.accuracy is None else f"{run.accuracy:.0%}")
+        without = run.baseline.accuracy if run.baseline is not None else None
+        alt += "." if without is None else f", {without:.0%} without privacy."
+        return Panel("What the model says", "", "", items, alt, (0, 8), (0, 3), bare=True)
+
     def _belief(self, model: nn.Module) -> np.ndarray | None:
         """Of each place of the grid: the probability of class 1, by the model."""
         if not self._plane:
@@ -471,9 +441,8 @@ class Explorer(LiveTraining):
         return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
 
 
-def _on_axis(epsilon: float) -> float:
-    """An ε beyond the axis stands near its end, where its dot is whole."""
-    return min(max(epsilon, 1.3 * EPSILONS[0]), EPSILONS[1] / 1.3)
+def _goal(most: float, least: float) -> Band:
+    return Band([EPSILONS[0], most], [least] * 2, [1, 1], "budget")
 
 
 def _late_loss(run: Run) -> str:

@@ -44,11 +44,18 @@
     readout.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 13, bubbles: true}));
   };
 
-  // A page copies for a click only, and what is shown only.
+  // A page copies for a click only, and what is shown only. A click on a dot chooses its run in the menu.
   const onClick = (event) => {
-    if (!event.target.closest('.dpteach-copy')) return;
-    event.target.closest('.widget-box').querySelector('.dpteach-script textarea').select();
-    document.execCommand('copy');
+    const {target} = event;
+    if (target.closest('.dpteach-copy')) {
+      target.closest('.widget-box').querySelector('.dpteach-script textarea').select();
+      document.execCommand('copy');
+    }
+    const dot = target.closest('[data-run]');
+    if (!dot) return;
+    const menu = dot.closest('.dpteach').querySelector('.dpteach-back select');
+    menu.selectedIndex = [...menu.options].findIndex((o) => o.text.startsWith(`run ${dot.dataset.run}:`));
+    menu.dispatchEvent(new Event('change', {bubbles: true}));
   };
 
   const begin = () => {
