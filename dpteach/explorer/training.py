@@ -295,17 +295,18 @@ class LiveTraining(LivePicture):
         return self._panels_of(self.run)
 
     def _work(self, job: Job) -> None:
-        run = self._new_run(job.values)
-        run.before = self._before
-        self._show_price(run, job)
-        # What is known before any training is shown while the slider moves: as often as a frame, never later.
+        # What is known before any training is shown while the slider moves: as often as a frame, of the newest setting
+        # at that moment. It is shown even if a newer one has come meanwhile, as one would each time; not after a Stop.
         job.wait_until(lambda: False, max(0.0, self._drawn_at + _FRAME - time.perf_counter()))
         if job.over:
             return
-        picture = self._drawn(self.run, run)
-        with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
+        self._drawn_at = time.perf_counter()
+        run = self._new_run(job.values)
+        run.before = self._before
+        price, picture = escape(self._price_of(run)), self._drawn(self.run, run)
+        with self._thread.lock:
             if not self._thread.stopped:
-                self._picture.value = picture
+                self._picture.value, self._price_line.value = picture, price
                 self._say("It trains as soon as the slider rests.", aloud=False)
         if job.comes_to_rest():
             self._drain(run, job)
@@ -410,7 +411,6 @@ class LiveTraining(LivePicture):
         """The pictures, as by :meth:`_panels_of`; the big numbers are put on the page."""
         self._numbers.value = self._numbers_of(plan or run)
         self._dots.value = dots((plan or run).most_believed)
-        self._drawn_at = time.perf_counter()
         return svg(self._panels_of(run, plan))
 
     def _numbers_of(self, run: Run) -> str:
@@ -435,9 +435,10 @@ class LiveTraining(LivePicture):
         )
 
     def _show_price(self, run: Run, job: Job) -> None:
+        price = escape(self._price_of(run) + run.duration)
         with self._thread.lock:
             if not job.over:
-                self._price_line.value = escape(self._price_of(run) + run.duration)
+                self._price_line.value = price
 
     def _announce(self, run: Run, duration: str, job: Job) -> None:
         """Say once that a run takes long."""
