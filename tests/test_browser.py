@@ -113,13 +113,13 @@ explorer
 """
     lab = new_page(browser).open(address, new_notebook(lab_folder, "moons.ipynb", code)).run_all()
     lab.watch()
-    lab.drag("noise multiplier", [0.0])
+    lab.drag("noise multiplier", [-0.05])
     lab.until("f.alt.startsWith('σ = 0.1,') && f.status.startsWith('Finished')", timeout=60)
     lab.execute("explorer.wait()")
     lab.watch()
     lab.slider("noise multiplier").locator(".widget-readout").evaluate("""readout => { window.moved = [];
         new MutationObserver(() => window.moved.push(performance.now())).observe(readout, {childList: true, subtree: true}); }""")
-    lab.drag("noise multiplier", [k / 100 for k in range(1, 101)], seconds=4)
+    lab.drag("noise multiplier", [k / 100 for k in range(1, 104)], seconds=4)
     let_go, moved = lab.now(), lab.page.evaluate("() => window.moved")
     # Only a picture that shows another plan is an answer: a training that goes on draws frames too.
     frames = [f for f in lab.frames() if f["ms"] <= let_go]
