@@ -54,7 +54,7 @@
     const dot = target.closest('[data-run]');
     if (!dot) return;
     const menu = dot.closest('.dpteach').querySelector('.dpteach-back select');
-    menu.selectedIndex = [...menu.options].findIndex((o) => o.text.startsWith(`run ${dot.dataset.run}:`));
+    menu.selectedIndex = [...menu.options].findIndex((o) => o.text.match(/^run\s(\d+):/)?.[1] === dot.dataset.run);
     menu.dispatchEvent(new Event('change', {bubbles: true}));
   };
 
