@@ -31,7 +31,7 @@ _NAMES = {
     "training": "Step train",
     "stack": "StackStep train_many",
     "federated": "Worker federated_average train_rounds",
-    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
+    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene scenes",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
 _ROOMS = sorted(

@@ -1,4 +1,4 @@
-"""What to train on: MNIST, whole, and two moons for the pictures with a decision boundary."""
+"""What to train on: MNIST, whole; two moons, for the pictures with a decision boundary; a table of patients."""
 
 import contextlib
 import gzip
@@ -22,6 +22,8 @@ from dpteach._checks import number, whole
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "mnist"
 
+_PATIENTS = Path(__file__).with_name("breast_cancer.csv.gz")  # as scikit-learn has it, a package of 54 MB with its own
+
 # Where a file comes from that is in neither folder; whatever comes must have its checksum.
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
@@ -41,6 +43,7 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     Args:
         X: ``(n, ...)`` float32, one record per row.
         y: ``(n,)`` int64, one label per record.
+        source: the Python that makes it, with names of this room, for an exported script; "" if nobody knows.
 
     Raises:
         ValueError: if ``X`` and ``y`` differ in length, or there is no record at all.
@@ -52,6 +55,7 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     X: Tensor
     y: Tensor
+    source: str = ""
 
     def __post_init__(self) -> None:
         if len(self.X) != len(self.y) or len(self.X) == 0:
@@ -71,9 +75,11 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def take(self, indices: int | slice | Sequence[int] | Tensor) -> "Data":
         """The records at ``indices`` (an int count takes the first ones), as a ``Data`` of their own."""
+        known = self.source and isinstance(indices, (int, slice, range))
+        source = f"{self.source}.take({indices})" if known else ""
         if isinstance(indices, int):
             indices = slice(whole("indices", indices, low=1))
-        return Data(self.X[indices], self.y[indices])
+        return Data(self.X[indices], self.y[indices], source)
 
 
 def cache_folder() -> Path:
@@ -111,7 +117,7 @@ def load_mnist(train: bool = True) -> Data:
         _verify(raw / name, (raw / name).read_bytes(), "Delete this file: the next load makes it anew.")
     images = _numbers(raw / f"{part}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
     labels = _numbers(raw / f"{part}-labels-idx1-ubyte", header=8)
-    return Data(images.to(torch.float32).div_(255), labels.to(torch.int64))
+    return Data(images.to(torch.float32).div_(255), labels.to(torch.int64), f"load_mnist({train})")
 
 
 def _numbers(path: Path, header: int) -> Tensor:
@@ -245,4 +251,26 @@ def two_moons(n: int, seed: int = 0, *, noise: float = 0.2) -> Data:
     X = torch.stack([side * angle.cos() + y - 0.5, side * angle.sin() + 0.5 * y - 0.25], dim=1)
     X = X + noise * torch.randn(n, 2, generator=generator)
     order = torch.randperm(n, generator=generator)
-    return Data(X[order], y[order])
+    return Data(X[order], y[order], f"two_moons({n}, {seed}, noise={noise:g})")
+
+
+def load_breast_cancer(train: bool = True) -> Data:
+    """A table of patients: 30 measures of the cells of a tumour, and whether it was malignant (0) or benign (1).
+
+    400 patients are the private ones. The other 169 are held out and public: they give the scale of every column, so
+    that no statistic of the private ones is used.
+
+    Args:
+        train: the 400 private patients, or else the 169 others.
+
+    Returns:
+        ``X`` (n, 30) float32, ``y`` (n,) int64 in {0, 1}.
+
+    Source: Wolberg, Mangasarian, Street & Street 1993, Breast Cancer Wisconsin (Diagnostic), UCI; CC BY 4.0.
+    """
+    table = np.loadtxt(_PATIENTS, delimiter=",", skiprows=1)
+    table = table[np.random.default_rng(0).permutation(len(table))]
+    raw, y = table[:, :-1], torch.from_numpy(table[:, -1]).to(torch.int64)
+    X = torch.from_numpy((raw - raw[400:].mean(0)) / raw[400:].std(0)).to(torch.float32)
+    part = slice(0, 400) if train else slice(400, None)
+    return Data(X[part], y[part], f"load_breast_cancer({train})")

@@ -17,16 +17,19 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpteach import models, plots
 from dpteach.accounting import epsilon
-from dpteach.data import split, two_moons
+from dpteach.data import load_mnist, split, two_moons
 from dpteach.explorer import RANGES, Explorer, FederatedExplorer, Playground, Range, Scene, Viewer
 from dpteach.explorer.accessibility import accessible_box
 from dpteach.explorer.controls import Slider
 from dpteach.explorer.numbers import most_believed, odds_in_words, points, right_of_100
 from dpteach.federated import Worker, train_rounds
+from dpteach.ledger import Ledger
+from dpteach.mechanism import clip, per_sample_gradients
 from dpteach.plots import Line, Panel
 from dpteach.plots.items import array, thin
 from dpteach.plots.panel import tick_text, ticks
@@ -201,6 +204,19 @@ def test_the_baseline_is_trained_once_for_all_noise_clipping_and_learning_rates(
     assert sorted(runs) == [("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 1.0), ("dpsgd", 2.0), ("sgd", 1.0)]
     assert [s.step for s in explorer.run.baseline.history] == [s.step for s in explorer.steps]
     assert explorer.summary().endswith("% at learning rate 1.") and "learning rate 2;" in explorer.summary()
+
+
+def test_fewer_epochs_or_another_batch_size_never_make_the_baseline_worse(explore):
+    explorer = explore()
+    explorer.wait(30)
+    before = explorer.run.baseline
+    for name, value in (("epochs", 1), ("batch_size", 400)):
+        explorer.controls[name].value = value
+        explorer.wait(30)
+        assert explorer.run.baseline is before and explorer.run.steps < before.steps and before.complete
+    explorer.controls["epochs"].value = 4
+    explorer.wait(30)
+    assert explorer.run.baseline.settings == dataclasses.replace(QUICK, epochs=4)
 
 
 def test_the_baseline_has_a_learning_rate_of_its_own_and_says_so(explore):
@@ -394,7 +410,7 @@ def test_the_live_picture_is_well_formed_and_speaks_its_figures(explore):
 
 def test_a_screen_reader_hears_the_beginning_and_the_end_of_a_run_and_not_each_step(explore):
     heard = []
-    explorer = explore(LONG)
+    explorer = explore(LONG, baseline=False)
     explorer.stop()
     explorer.wait(10)
     explorer._spoken.observe(lambda change: heard.append(change["new"]), "value")
@@ -422,7 +438,7 @@ def test_the_page_gets_its_style_and_its_script_as_they_stand_in_their_files():
 
 def test_the_folded_sliders_unfold_by_a_button(explore):
     controls = explore().widget.children[0].children[0]
-    button, inside = next(row for row in controls.children if isinstance(row, widgets.VBox)).children
+    button, inside = next(row for row in controls.children if isinstance(row.children[0], widgets.HBox)).children
     assert inside.layout.display == "none"
     button.children[0].value = True
     assert inside.layout.display == "flex"
@@ -581,10 +597,104 @@ def test_a_choice_brings_the_settings_of_a_run_back_and_presets_are_offered(expl
     assert choices[1].startswith("run 2: ε ≤") and choices[2].startswith("run 1: ε ≤") and "too private" in choices
     explorer._back.value = 2
     explorer.wait(30)
-    assert explorer.steps == first and len(explorer.kept) == 2
+    assert explorer._start_settings == QUICK and explorer.steps == first and len(explorer.kept) == 2
     explorer._back.value = choices.index("C too small")
     explorer.wait(30)
     assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.01)
+
+
+def test_a_settings_string_brings_a_run_back_and_a_wrong_one_changes_nothing(explore):
+    explorer = explore(dataclasses.replace(QUICK, seed=7))
+    explorer.wait(30)
+    text, first = explorer.settings_string, explorer.steps
+    assert explorer._code.value == text and "seed=7" in text and text.count("&") == 6
+    other = explore(Settings(3.0, 0.2, epochs=5, batch_size=50, lr=0.1, target_delta=1e-4))
+    other._code.value = "?" + text  # as a learner pastes it
+    other.wait(30)
+    assert other.settings == explorer.settings and other.steps == first
+    for wrong in ("sigma=2", "noise_multiplier=many", "lr=-1", "noise_multiplier", "epochs=0"):
+        other.bring_back(wrong)
+        assert other.status.startswith("These settings can't be read: "), wrong
+        assert other.settings == explorer.settings and not other.busy
+    other.bring_back("seed=")
+    assert other.settings.seed is None
+
+
+def test_a_challenge_counts_the_tries_and_what_they_cost_together(explore):
+    explorer = explore(Settings(2.0, epochs=2, batch_size=100, lr=1.0), challenge=(5.0, 0.8))
+    explorer.wait(30)
+    assert "at least 80%. Not met yet. Tries: 1." in explorer._played.value or "Met by run 1!" in explorer._played.value
+    for sigma in (0.3, 1.5):
+        explorer.controls["noise_multiplier"].value = sigma
+        explorer.wait(30)
+    ledger = Ledger()
+    for sigma in (2.0, 0.3, 1.5):
+        ledger.charge(noise_multiplier=sigma, sample_rate=1 / 4, steps=8)
+    spent = ledger.epsilon(accountant="rdp")
+    assert f"Tries: 3. Who picks the best of them has spent ε ≤ {plots.short(spent)}" in explorer._played.value
+    assert spent > max(k.epsilon for k in explorer.kept)
+    (area,) = [item for item in explorer._panels()[0].items if isinstance(item, plots.Band)]
+    assert (area.xs[1], area.low[0]) == (5.0, 0.8)
+    explorer.controls["lr"].value = 4.0
+    explorer.controls["epochs"].value = 10
+    explorer.wait(30)
+    met = [k.number for k in explorer.kept if k.epsilon <= 5 and k.accuracy >= 0.8]
+    assert met and f"Met by run {met[0]}!" in explorer._played.value
+
+
+@pytest.mark.parametrize(
+    "changes, limit",
+    [
+        ({"noise_multiplier": 10.0}, "The noise holds it back"),
+        ({"max_grad_norm": 0.01}, "Too few or too small steps"),
+        ({"noise_multiplier": 0.1, "max_grad_norm": 10.0, "lr": 0.01}, "Too few or too small steps"),
+        ({"noise_multiplier": 0.1, "lr": 3.0}, "Nothing holds it back"),
+    ],
+)
+def test_what_limits_a_run_is_told_by_what_was_measured(explore, changes, limit):
+    """And it is so: without noise only the noisy one gets better."""
+    start = Settings(epochs=20, batch_size=50, lr=1.0)
+    explorer = explore(start, baseline_lr=2.0, test_data=two_moons(500, seed=1))
+    for name, value in changes.items():
+        explorer.controls[name].value = value
+    explorer.wait(60)
+    told = explorer._why.value
+    assert limit in told
+    run, records = explorer.run, two_moons(400).take(torch.linspace(0, 399, 50).long())
+    norms = per_sample_gradients(run.model, F.cross_entropy, records.X, records.y).norm(dim=1)
+    assert f"{float((norms > run.settings.max_grad_norm).float().mean()):.0%} at the end" in told
+    quiet = dataclasses.replace(run.settings, noise_multiplier=0.0)
+    *_, last = train(models.mlp(), two_moons(400), quiet, test_data=two_moons(500, seed=1))
+    assert (last.accuracy - run.accuracy > 0.02) == ("noise holds" in told)
+
+
+def test_the_signal_is_told_in_noises(explore):
+    explorer = explore()
+    explorer.wait(30)
+    model, records = models.mlp(), two_moons(400).take(torch.linspace(0, 399, 50).long())
+    shares = clip(per_sample_gradients(model, F.cross_entropy, records.X, records.y), 1.0)
+    size = sum(p.numel() for p in model.parameters())
+    ratio = 100 * float(shares.mean(0).norm()) / math.sqrt(size)  # 100 records a batch, σ = C = 1
+    assert (
+        f"the signal is {plots.short(ratio)} times the noise, over all 8 about {plots.short(ratio * math.sqrt(8))} times"
+        in explorer._why.value
+    )
+
+
+def test_reset_puts_every_slider_back_and_a_mark_stands_there(explore):
+    explorer = explore(dataclasses.replace(QUICK, max_grad_norm=0.1))
+    for name in ("noise_multiplier", "max_grad_norm", "lr"):
+        explorer.controls[name].value = 5.0
+    explorer.reset()
+    assert explorer.settings == dataclasses.replace(QUICK, max_grad_norm=0.1)
+    marks = explorer._rows["max_grad_norm"].children[1].value  # from 0.01 to 100
+    assert re.findall(r"left:([\d.]+)%\">([^<]*)<", marks) == [
+        *zip(("0.0", "25.0", "50.0", "75.0", "100.0"), ("0.01", "0.1", "1", "10", "100")),
+        ("25.0", "▴"),
+    ]
+    for name, row in explorer._rows.items():  # no mark outside, whatever the ends
+        places = [float(place) for place in re.findall(r"left:([\d.-]+)%", row.children[1].value)]
+        assert len(places) >= 3 and min(places) >= 0 and max(places) <= 100, name
 
 
 def test_a_moved_slider_is_answered_before_any_training(explore, monkeypatch):
@@ -663,29 +773,6 @@ def test_a_viewer_needs_a_range_for_an_unknown_name():
         Viewer(lambda colour: [], colour=1.0)
 
 
-def test_the_playground_keeps_runs_side_by_side():
-    scenes = {
-        name: Scene(two_moons(300, seed), models.mlp, QUICK, two_moons(200, 9)) for seed, name in enumerate(("a", "b"))
-    }
-    playground = Playground(scenes)
-    try:
-        playground.pin()
-        assert "Nothing to pin yet" in playground._note.value or playground.pinned
-        playground.wait(30)
-        playground._unpin()
-        playground.pin()
-        playground.menus["scene"].value = "b"
-        playground.menus["method"].value = "opacus"
-        playground.wait(30)
-        playground.pin()
-        assert playground._note.value == "Run 2 is pinned."
-        assert [(p.scene, p.method) for p in playground.pinned] == [("a", "dpsgd"), ("b", "opacus")]
-        assert playground.pinned[0].epsilon == playground.pinned[1].epsilon
-        assert f"{playground.pinned[0].accuracy:.1%}" in playground._kept.value
-    finally:
-        playground.explorer.stop()
-
-
 @pytest.fixture
 def play():
     made = []
@@ -706,51 +793,52 @@ def play():
         playground.wait(10)
 
 
-def test_a_run_that_was_stopped_is_not_pinned(play):
-    playground = play(LONG)
-    wait_for(lambda: playground.explorer.steps and playground.explorer.steps[-1].epoch > 2)
-    assert "Nothing to pin yet" in playground._try_to_pin()
-    playground.explorer.stop()
-    playground.wait(10)
-    playground.explorer.run.exact = {"worker": 1.0}  # the price of the whole run may be known long before its end
-    playground.pin()
-    assert playground._note.value == "Nothing to pin: this run did not finish. Press Start to train again."
-    assert playground.pinned == []
-
-
-def test_the_same_run_is_pinned_once(play):
-    playground = play()
-    for again in (False, True):
-        if again:
-            playground.explorer.start()
-        playground.wait(30)
-        playground.pin()
-    assert len(playground.pinned) == 1 and playground._note.value == "This run is pinned already: it is run 1."
-
-
-def test_the_picture_of_a_single_pin_has_ticks_on_both_axes(play):
+def test_the_runs_of_a_playground_stay_as_dots_whatever_the_method_and_go_with_their_data(play):
     playground = play()
     playground.wait(30)
-    playground.pin()
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", playground._kept.value)
-    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in texts) >= 4
-    drawn = [text.get_text() for text in playground.still().axes[0].texts]
-    assert sum(bool(re.fullmatch(r"[\d.]+", text)) for text in drawn) >= 4
+    playground.menus["method"].value = "opacus"
+    playground.wait(30)
+    first, second = playground.explorer.kept
+    assert (first.number, first.how, second.number, second.how) == (1, "dpsgd, sgd", 2, "opacus, sgd")
+    assert first.exact == second.exact < first.epsilon and first.settings == QUICK
+    assert first.without_privacy == playground.explorer.run.baseline.accuracy
+    assert len(playground.explorer._tries.charges) == 2
+    playground.explorer.start()  # the same run once more
+    playground.wait(30)
+    assert len(playground.explorer.kept) == 2 and len(playground.explorer._tries.charges) == 3
+    playground.menus["scene"].value = "b"
+    playground.wait(30)
+    assert [(k.number, k.how) for k in playground.explorer.kept] == [(1, "opacus, sgd")]
 
 
-def test_the_pinned_runs_without_privacy_are_those_of_the_pins(play):
+def test_a_dot_says_its_settings_to_a_mouse_and_names_its_run_for_a_click(play):
     playground = play()
-    for epochs in (2, 2, 9):
-        playground.explorer.controls["noise_multiplier"].value = 1.0 if not playground.pinned else 2.0
-        playground.explorer.controls["epochs"].value = epochs
-        playground.wait(30)
-        playground.pin()
-        without = playground._panels()[0].items[1]
-        expected = [pin.accuracy_without_privacy for pin in playground.pinned]
-        if epochs == 2:
-            assert isinstance(without, plots.Mark) and [without.y] * len(expected) == expected
-    assert len(set(expected)) == 2 and list(without.ys) == expected
-    assert f"without privacy {', '.join(f'{e:.0%}' for e in expected)}" in playground.summary()
+    playground.wait(30)
+    playground.explorer.controls["noise_multiplier"].value = 5.0
+    playground.wait(30)
+    dots = re.findall(r'data-run="(\d+)"><title>([^<]*)</title>', playground.explorer._picture.value)
+    assert [number for number, _ in dots] == ["1", "2"]
+    kept = playground.explorer.kept[1]
+    assert dots[1][1].startswith(f"Run 2: {kept.accuracy:.1%} at ε = {plots.short(kept.exact)}; noise multiplier σ 5, ")
+    assert "epochs 2" in dots[1][1] and "learning rate 1" in dots[1][1]
+
+
+def test_sixteen_digits_show_what_the_model_says_and_mark_its_mistakes():
+    digits = load_mnist().take(300)
+    explorer = Explorer(
+        digits, lambda: models.mlp(784, 8, 10), Settings(epochs=1, batch_size=100), test_data=digits, baseline=False
+    )
+    explorer.wait(60)
+    panel = next(panel for panel in explorer._panels() if panel.bare)
+    said, true = explorer.run.model(digits.X[:16]).argmax(1), digits.y[:16]
+    assert 0 < int((said != true).sum()) < 16  # so that both kinds are there
+    for role, sign, these in (("private", "", said == true), ("attacker", "✗ ", said != true)):
+        ink = np.concatenate([i.images for i in panel.items if isinstance(i, plots.Pictures) and i.role == role])
+        words = [word for i in panel.items if isinstance(i, plots.Words) and i.role == role for word in i.texts]
+        assert [bool(image.any()) for image in ink] == these.tolist()
+        assert words == [f"{sign}{label}" if this else "" for label, this in zip(said.tolist(), these)]
+    for what in (plots.svg([panel]), plots.still([panel])):
+        assert what is not None
 
 
 def test_a_menu_keeps_the_sliders_that_were_moved(play):
@@ -894,6 +982,26 @@ def test_the_federated_explorer_stops_in_the_middle_of_a_round(federate):
     assert not threads() and explorer.status.startswith("Stopped at round 1 of 20")
 
 
+def test_a_federations_runs_are_dots_and_ghosts_and_come_back(federate):
+    explorer = federate(rounds=2, noise_multipliers=(1.5, 1.1))
+    explorer.wait(30)
+    first = explorer.rounds
+    explorer.controls["noise_multiplier_bob"].value = 6.0
+    explorer.controls["rounds"].value = 1
+    explorer.wait(30)
+    plane, accuracy, loss, budget = explorer._panels()
+    dots = next(item for item in plane.items if isinstance(item, plots.Points) and item.names)
+    assert dots.names == ["1", "2"] and dots.xs[0] == max(first[-1].epsilons.values()) == explorer.kept[0].epsilon
+    assert dots.ys == [k.accuracy for k in explorer.kept] and "σ of bob 6" not in dots.tips[0]
+    for panel, count in ((accuracy, 1), (loss, 2), (budget, 2)):
+        assert len([item for item in panel.items if isinstance(item, Line) and item.ghost]) == count
+    explorer._back.value = [name for name, _ in explorer._back.options].index(
+        "run 1: " + explorer._back.options[2][0][7:]
+    )
+    explorer.wait(30)
+    assert explorer.rounds == first and explorer._back.value == 0
+
+
 def test_a_long_federation_says_so_before_its_first_round_ends(federate):
     explorer = federate(rounds=20, settings=Settings(1.2, epochs=20_000, batch_size=50, lr=0.1))
     wait_for(lambda: "minutes to go" in explorer.status, 30)
@@ -905,7 +1013,7 @@ def test_a_long_federation_says_so_before_its_first_round_ends(federate):
 def test_the_federations_accuracy_is_of_records_not_images(federate):
     explorer = federate(rounds=1)
     explorer.wait(30)
-    assert explorer._panels()[2].y_label == "share of test records right"
+    assert explorer._panels()[1].y_label == "share of test records right"
 
 
 def test_one_training_at_a_time_of_whatever_kind(explore, federate):

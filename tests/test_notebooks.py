@@ -1,7 +1,6 @@
 """What every notebook must have. That its outputs are true, ``pytest --nbval notebooks/`` tests."""
 
 import ast
-import dataclasses
 import re
 from pathlib import Path
 
@@ -9,9 +8,7 @@ import nbformat
 import pytest
 from scripts import script
 
-from dpteach.accounting import epsilon
 from dpteach.exercises import check, every, folded, solution
-from dpteach.training import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -165,44 +162,6 @@ def test_the_readme_says_how_long_each_notebook_takes():
 def test_the_readme_names_every_notebook():
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     assert [p.stem for p in PATHS if p.stem not in readme] == []
-
-
-def test_the_epsilons_in_the_playgrounds_answers_are_those_of_its_two_moons():
-    notebook = nbformat.read(ROOT / "notebooks" / "10_playground.ipynb", as_version=4)
-    made = next(
-        call
-        for cell in code(notebook)
-        if "Scene(" in cell.source
-        for call in ast.walk(ast.parse(cell.source))
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Scene" and "two_moons" in ast.unparse(call)
-    )
-    start = eval(
-        ast.unparse(next(part for part in made.args if "Settings" in ast.unparse(part))), {"Settings": Settings}
-    )
-    n = ast.literal_eval(made.args[0].args[0])
-
-    def cost(accountant="prv", **changed):
-        s = dataclasses.replace(start, **changed)
-        return epsilon(
-            noise_multiplier=s.noise_multiplier,
-            sample_rate=s.sample_rate(n),
-            accountant=accountant,
-            steps=s.epochs * s.steps_per_epoch(n),
-            target_delta=s.target_delta,
-        )
-
-    half = {"batch_size": start.batch_size // 2}
-    known = [
-        cost(),
-        cost("rdp"),
-        cost(**half),
-        cost(**half, noise_multiplier=start.noise_multiplier / 2),
-        cost(noise_multiplier=8.0),
-        cost(noise_multiplier=4.0),
-        cost(noise_multiplier=4.0, epochs=2 * start.epochs),
-    ]
-    text = "".join(cell.source for cell in notebook.cells)
-    assert [f"{value:.2f}" for value in known if f"{value:.2f}" not in text] == []
 
 
 @pytest.mark.parametrize("id", [e.id for e in every() if callable(e.reference)])

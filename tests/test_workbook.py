@@ -4,6 +4,7 @@ Of each notebook only the cells run that its live pictures need; that all of it 
 tests.
 """
 
+import dataclasses
 import re
 import symtable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from lab import new_notebook, new_page
 
-from dpteach import Settings, epsilon, models, two_moons
+from dpteach import epsilon, scenes
 from dpteach.flower import MISSING, installed
 from dpteach.training import train
 
@@ -132,19 +133,23 @@ def test_after_run_all_each_live_training_is_the_one_that_opened(stem, lab_folde
 
 
 def test_the_folded_answers_of_the_playground_are_its_figures():
-    """On two moons: 2,000 records, 30 epochs, batches of 256."""
     cells = nbformat.read(NOTEBOOKS / "10_playground.ipynb", as_version=4).cells
     text = " ".join(" ".join(cell.source for cell in cells).split())
+    scene = scenes()["two moons"]
 
-    def price(noise_multiplier=1.0, epochs=30, per_epoch=8, **more):
-        return epsilon(noise_multiplier=noise_multiplier, sample_rate=1 / per_epoch, steps=epochs * per_epoch, **more)
+    def run(**changes):
+        s = dataclasses.replace(scene.settings, **changes)
+        n, steps = len(scene.data), s.epochs * s.steps_per_epoch(len(scene.data))
+        return {"noise_multiplier": s.noise_multiplier, "sample_rate": s.sample_rate(n), "steps": steps}
 
-    assert f"from {price():.2f} to {price(per_epoch=16):.2f}" in text and "falls by a third" in text
-    assert 0.6 < price(per_epoch=16) / price() < 0.7
-    assert f"far more, to {price(0.5, per_epoch=16):.2f}" in text
-    double = price(4.0, 60) / price(4.0)
-    assert f"Less: from {price(4.0):.2f} to {price(4.0, 60):.2f}, by {double:.2f}" in text
-    assert f"first say ε ≤ {price(accountant='rdp'):.2f}, and then ε = {price():.2f}" in text
-    assert f"σ = 8 with all else as it was gives more than 95 % at ε = {price(8.0):.2f}" in text
-    *_, last = train(models.mlp(), two_moons(2000), Settings(8.0, epochs=30, lr=2.0), test_data=two_moons(1000, seed=1))
-    assert last.accuracy > 0.955
+    half = epsilon(**run(batch_size=7))
+    assert f"falls by a third, from {epsilon(**run()):.2f} to {half:.2f}" in text and 0.6 < half / 12.41 < 0.7
+    assert f"far more, to {epsilon(**run(batch_size=7, noise_multiplier=0.5)):.2f}" in text
+    four, double = (epsilon(**run(noise_multiplier=4.0, epochs=epochs)) for epochs in (30, 60))
+    assert f"Less: from {four:.2f} to {double:.2f}, by {double / four:.2f}" in text
+    assert f"first say ε ≤ {epsilon(**run(), accountant='rdp'):.2f}, and then ε = {epsilon(**run()):.2f}" in text
+    won = {"noise_multiplier": 5.5, "batch_size": 30}
+    assert f"σ = 5.5 with a batch of 30, all else as it was, gives 91 % at ε = {epsilon(**run(**won)):.2f}" in text
+    settings = dataclasses.replace(scene.settings, **won)
+    *_, last = train(scene.make_model(), scene.data, settings, test_data=scene.test_data)
+    assert last.accuracy > scene.challenge[1] and last.epsilon < scene.challenge[0]

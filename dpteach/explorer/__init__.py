@@ -16,7 +16,8 @@ from dpteach.explorer.controls import RANGES, Range
 from dpteach.explorer.explorer import Explorer
 from dpteach.explorer.federated import FederatedExplorer
 from dpteach.explorer.live import Viewer
-from dpteach.explorer.playground import Pin, Playground, Scene
-from dpteach.explorer.training import Run
+from dpteach.explorer.playground import Playground
+from dpteach.explorer.scenes import Scene, scenes
+from dpteach.explorer.training import Kept, Run
 
-__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Pin", "Playground", "Range", "Run", "Scene", "Viewer"]
+__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Kept", "Playground", "Range", "Run", "Scene", "Viewer", "scenes"]

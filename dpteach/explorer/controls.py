@@ -7,6 +7,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from dpteach.plots.panel import tick_text, ticks
+
 _CLOSE = 1e-10  # relative: more than a page changes a number by taking its logarithm and back
 _DRAGGED = 3  # significant digits of a value that was dragged, not typed; page.js gives a key's value as many
 
@@ -66,7 +68,8 @@ class Slider:
 
     Attributes:
         widget: the ipywidgets slider.
-        start: the value that it starts at.
+        row: the slider with its ticks below it, and a mark at the value that it starts at.
+        start: that value.
     """
 
     def __init__(self, name: str, start: float, limits: Range, label: str = ""):
@@ -90,6 +93,13 @@ class Slider:
         if name in _CHANGES_EPSILON:
             self.widget.add_class(f"dpteach-{'costs' if _CHANGES_EPSILON[name] else 'free'}")
         self.show_digits(start)
+        scale = math.log10 if limits.log else float
+        signs = [(tick, "i", tick_text(tick)) for tick in ticks(low, high, limits.log, 3)] + [(start, "b", "▴")]
+        places = [(100 * (scale(x) - scale(low)) / ((scale(high) - scale(low)) or 1), *sign) for x, *sign in signs]
+        marks = "".join(f'<{tag} style="left:{place:.1f}%">{words}</{tag}>' for place, tag, words in places)
+        self.row = widgets.VBox(
+            [self.widget, widgets.HTML(f'<div class="dpteach-ticks" aria-hidden="true">{marks}</div>')]
+        )
 
     @property
     def value(self) -> float:
@@ -145,7 +155,7 @@ def folded(label: str, rows: list[widgets.Widget]) -> widgets.VBox:
     """Rows that a button shows and hides. A keyboard reaches it; it does not reach the head of an ``Accordion``."""
     inside = widgets.VBox(rows, layout=widgets.Layout(display="none"))
     layout = widgets.Layout(width="auto")
-    tooltip = "Show or hide these sliders"
+    tooltip = "Show or hide what is below"
     button = widgets.ToggleButton(description=label, icon="caret-right", tooltip=tooltip, layout=layout)
 
     def turn(change):

@@ -5,8 +5,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from html import escape
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
+import ipywidgets as widgets
 import numpy as np
 import torch
 from torch import nn
@@ -14,41 +17,31 @@ from torch import nn
 from dpteach import models
 from dpteach._checks import choice, number
 from dpteach.data import Data
-from dpteach.explorer.controls import RANGES, Range, Slider, folded, label_of, menu, number_text
+from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, number_text
+from dpteach.explorer.explain import explain
+from dpteach.explorer.script import opacus_script
 from dpteach.explorer.training import (
     EPSILONS,
     Curve,
     LiveTraining,
     Run,
-    bands,
     budget_panel,
     class_count,
     diverged,
     loss_panel,
 )
 from dpteach.federated import Worker
-from dpteach.plots import Field, Line, Mark, Panel, Points, contour, short
+from dpteach.ledger import Ledger
+from dpteach.plots import Band, Field, Item, Line, Panel, Pictures, Points, Words, contour, short
 from dpteach.training import METHODS, OPTIMIZERS, Settings, Step, begin, check, delta_warning
 
 _NAME = "worker"  # of the only one
-_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
 _PRESETS: dict[str, dict[str, float]] = {
-    "as it opened": {},
     "no noise to speak of": {"noise_multiplier": 0.1, "max_grad_norm": 1.0},
     "textbook: σ = 1, C = 1": {"noise_multiplier": 1.0, "max_grad_norm": 1.0},
     "too private": {"noise_multiplier": 10.0, "max_grad_norm": 1.0},
     "C too small": {"noise_multiplier": 1.0, "max_grad_norm": 0.01},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A run that went to its end: a numbered dot in the trade-off. ε by RDP."""
-
-    number: int
-    settings: Settings
-    epsilon: float
-    accuracy: float
 
 
 class Explorer(LiveTraining):
@@ -69,12 +62,14 @@ class Explorer(LiveTraining):
         settings: where the sliders start, and the settings that have none.
         method, optimizer: as for :func:`dpteach.training.train`.
         sliders: names of the settings to show first; learning rate and batch size can be unfolded below.
-        baseline: also train without privacy, for comparison; once for all values of the sliders of σ, C and lr.
+        baseline: also train without privacy, for comparison; once for all values of the sliders but epochs: with the
+            batch size of ``settings``, and at least as many epochs.
         baseline_lr: that run's learning rate, with plain SGD; by default the one in ``settings``, with ``optimizer``.
             Beside a baseline whose learning rate suits the private run only, privacy seems to help.
         test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
             so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
+        challenge: an ε and an accuracy to reach: ``(2.0, 0.9)``. Tries are counted, with what they cost together.
 
     Attributes:
         controls: the slider widgets by setting name.
@@ -102,7 +97,9 @@ class Explorer(LiveTraining):
         baseline_lr: float | None = None,
         test_data: Data | None = None,
         ranges: dict[str, Range] | None = None,
+        challenge: tuple[float, float] | None = None,
     ):
+        self._challenge, self._tries = challenge, Ledger()
         self._data, self._start_settings = data, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._private = method != "sgd"
@@ -111,7 +108,7 @@ class Explorer(LiveTraining):
         tuned = baseline_lr is not None
         self._baseline_lr = number("baseline_lr", baseline_lr, low=0, above=True) if tuned else settings.lr
         self._baseline_optimizer = "sgd" if tuned else optimizer
-        self._baselines: dict[tuple, Run] = {}
+        self._plain: Run | None = None  # the run without privacy, once it is whole
         self._test_data = test_data or data.take(min(1000, len(data)))
         self._accuracy_of = "test accuracy" if test_data else "training accuracy"
         self._classes = class_count(data)
@@ -123,16 +120,29 @@ class Explorer(LiveTraining):
         rest = [name for name in ("lr", "batch_size") if name not in sliders]
         limits = {**RANGES, "batch_size": Range(1, len(data), log=True, whole=True), **(ranges or {})}
         controls = {name: Slider(name, getattr(settings, name), limits[name]) for name in (*sliders, *rest)}
+        start = dataclasses.asdict(settings)
+        self._presets = {name: start | values for name, values in _PRESETS.items()}
         super().__init__(controls, settings, make_model)
-        self.kept: list[Kept] = []
-        self._ghosts: list[tuple[Line, ...]] = []  # loss, ε and accuracy of the last runs
-        self._back = menu("bring back", [("choose …", 0)])
-        self._offer()
-        self._back.observe(lambda change: self._bring_back(change["new"]), "value")
-        rows = [self.controls[name] for name in sliders]
+        self._written = ""
+        self._code = widgets.Text(description="settings", continuous_update=False, layout=widgets.Layout(width="auto"))
+        self._code.observe(lambda change: self._typed(change["new"]), "value")
+        layout = widgets.Layout(width="auto", height="180px")
+        self._script = widgets.Textarea(description="train_private.py", layout=layout)
+        self._script.add_class("dpteach-script")
+        self._played, self._why = widgets.HTML(), widgets.HTML()
+        for words in (self._played, self._why):
+            words.add_class("dpteach-small")
+        rows = [self._rows[name] for name in sliders]
         if rest:
-            rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self.controls[name] for name in rest]))
-        self._lay_out([*rows, self._back])
+            rows.append(folded("More: " + ", ".join(map(label_of, rest)), [self._rows[name] for name in rest]))
+        rows += [self._back, folded("Settings as text", [self._code])]
+        copy = button("Copy", "copy", "Copy the script below", lambda: None)  # page.js copies
+        copy.add_class("dpteach-copy")
+        below = [self._played, folded("Explain this run", [self._why])]
+        if self._private:
+            below.append(folded("Copy as Opacus script", [copy, self._script]))
+        self._lay_out(rows, below)
+        self._tell_of_tries()
         self.start()
 
     @property
@@ -164,15 +174,20 @@ class Explorer(LiveTraining):
 
     def _new_run(self, values: dict[str, Any]) -> Run:
         settings = dataclasses.replace(self._start_settings, **values)
-        return Run(settings, [Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)])
+        worker = Worker(_NAME, self._data, settings, method=self._method, optimizer=self._optimizer)
+        return Run(settings, dataclasses.asdict(settings), [worker])
 
     def _steps_of(self, run: Run, values: dict[str, Any]) -> Generator[None, None, None]:
+        self._written = self.settings_string
+        self._code.value = self._written
         baseline = self._baseline_beside(run) if self._baseline else iter(())
         for step in self._train(run):
             next(baseline, None)
             if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
                 why = "the loss is not a number any more. Try a lower learning rate."
                 run.ended = f"Diverged at step {step.step}: {why}"
+            yield
+        for _ in baseline:
             yield
 
     def _train(self, run: Run) -> Iterator[Step]:
@@ -186,18 +201,27 @@ class Explorer(LiveTraining):
 
     def _baseline_beside(self, run: Run) -> Iterator[None]:
         """Train the non-private model in step with ``run``; where it has been trained before, show that run whole."""
-        plain = dataclasses.replace(run.settings, lr=self._baseline_lr, seed=run.settings.seed or 0)
-        key = (plain.batch_size, plain.epochs)
-        if key not in self._baselines:
+        start = self._start_settings
+        epochs = max(start.epochs, run.settings.epochs)  # fewer, or larger batches, would make it worse than it can be
+        if self._plain is None or self._plain.settings.epochs != epochs:
+            self._plain = None
+            batch_size = min(start.batch_size, len(self._data))
+            changed: dict[str, Any] = {
+                "lr": self._baseline_lr,
+                "seed": start.seed or 0,
+                "epochs": epochs,
+                "batch_size": batch_size,
+            }
+            plain = dataclasses.replace(start, **changed)
             worker = Worker(_NAME, self._data, plain, method="sgd", optimizer=self._baseline_optimizer)
-            run.baseline = baseline = Run(plain, [worker], model=models.start(self._make_model, plain.seed))
+            run.baseline = baseline = Run(plain, {}, [worker], model=models.start(self._make_model, plain.seed))
             for _ in self._train(baseline):
                 if not baseline.complete:
                     yield
             believed = self._belief(baseline.model)
             baseline.boundary = None if believed is None else contour(*self._grid[:2], believed, 0.5)
-            self._baselines = {key: baseline}
-        run.baseline = self._baselines[key]
+            self._plain = baseline
+        run.baseline = self._plain
 
     def _price_of(self, run: Run) -> str:
         if not self._private:
@@ -212,28 +236,80 @@ class Explorer(LiveTraining):
         return f"ε = {run.exact[_NAME]:.2f} {delta} (PRV; the quick RDP bound says {bound:.2f})"
 
     def _keep(self, run: Run) -> None:
+        if self._private:
+            try:
+                self._script.value = self.script()
+            except ValueError as error:
+                self._script.value = f"# {error}"
+            self._why.value = escape(explain(run, models.start(self._make_model, run.settings.seed)))
+            s, sample_rate = run.settings, run.workers[0].sample_rate
+            self._tries.charge(noise_multiplier=s.noise_multiplier, sample_rate=sample_rate, steps=run.steps)
         super()._keep(run)
-        curves = (run.losses, self._role), (run.epsilons, "budget"), ({_NAME: run.accuracies}, self._role)
-        self._ghosts = [*self._ghosts[-_GHOSTS:], tuple(c[_NAME].ghost(role) for c, role in curves)]
-        if run.accuracy is None or any(kept.settings == run.settings for kept in self.kept):
-            return
-        number = self.kept[-1].number + 1 if self.kept else 1
-        self.kept = [*self.kept[1 - _MOST_KEPT :], Kept(number, run.settings, run.bound[_NAME], run.accuracy)]
+        self._tell_of_tries()
+
+    def go_on_from(self, before: "Explorer") -> None:
+        """Take over the runs that another explorer on the same records kept, and its tries."""
+        self.kept, self._ghosts, self._tries = before.kept, before._ghosts, before._tries
         self._offer()
+        self._tell_of_tries()
 
-    def _offer(self) -> None:
-        """The menu: settings worth a try, and those of the runs that were kept."""
-        names = {f"run {k.number}: ε ≤ {short(k.epsilon)}, {k.accuracy:.0%}": k.settings for k in reversed(self.kept)}
-        offered = {name: dataclasses.asdict(s) for name, s in names.items()}
-        start = dataclasses.asdict(self._start_settings)
-        offered |= {name: start | values for name, values in _PRESETS.items()}
-        self._offered = [{}, *offered.values()]
-        self._back.options = [(name, k) for k, name in enumerate(["choose …", *offered])]
+    def _curves_of(self, run: Run) -> list[list[tuple[Curve, str]]]:
+        roles = (run.losses[_NAME], self._role), (run.epsilons[_NAME], "budget"), (run.accuracies, self._role)
+        return [[curve] for curve in roles]
 
-    def _bring_back(self, choice: int | None) -> None:
-        for name, value in (self._offered[choice or 0]).items():
-            if name in self._controls:
-                self.controls[name].value = value
+    def _set(self, values: dict[str, Any]) -> None:
+        without_slider = {name: value for name, value in values.items() if name not in self.controls}
+        self._start_settings = dataclasses.replace(self._start_settings, **without_slider)
+        super()._set(values)
+
+    @property
+    def settings_string(self) -> str:
+        """The settings as a line of text that :meth:`bring_back` reads, here or on another machine."""
+        return urlencode({k: "" if v is None else f"{v:.12g}" for k, v in dataclasses.asdict(self.settings).items()})
+
+    def _typed(self, text: str) -> None:
+        if text != self._written:  # which the sliders may have left behind
+            self.bring_back(text)
+
+    def bring_back(self, settings_string: str) -> None:
+        """Set the sliders, and the settings that have none, as a :attr:`settings_string` says.
+
+        What it does not name stays. A string that can't be read changes nothing; the status line says why.
+        """
+        try:
+            given = dict(parse_qsl(settings_string.strip().lstrip("?"), keep_blank_values=True, strict_parsing=True))
+            values: dict[str, Any] = {k: float(v) if v else None for k, v in given.items()}
+            if values.get("seed") is not None:
+                values["seed"] = int(values["seed"])
+            dataclasses.replace(self.settings, **values)
+        except (ValueError, TypeError) as error:
+            self._say(f"These settings can't be read: {error}")
+            return
+        self._set(values)
+
+    def script(self) -> str:
+        """The last run as ``train_private.py``: Opacus, the same records, model and settings; it runs as it is.
+
+        Raises:
+            ValueError: if no run is complete, it had no privacy, nobody knows what made the records (see
+                :class:`~dpteach.data.Data`), or the model is no ``nn.Sequential`` of PyTorch's layers.
+        """
+        if not (self.run.complete and self._private):
+            raise ValueError("a script needs a private run that went to its end: press Start, and wait")
+        result = f"ε ≤ {self.run.bound[_NAME]:.2f} (RDP), {self._result_of(self.run)}."
+        return opacus_script(self.run, self._test_data, result)
+
+    def _tell_of_tries(self) -> None:
+        if self._challenge is None:
+            return
+        most, least = self._challenge
+        met = [k.number for k in self.kept if k.epsilon <= most and k.accuracy >= least]
+        text = f"Challenge: ε ≤ {most:g} and at least {least:.0%}. "
+        text += f"Met by run {met[0]}! " if met else "Not met yet. "
+        if count := len(self._tries.charges):
+            spent = self._tries.epsilon(target_delta=self.settings.target_delta, accountant="rdp")
+            text += f"Tries: {count}. Who picks the best of them has spent ε ≤ {short(spent)}, not that of one."
+        self._played.value = escape(text)
 
     def _place_of(self, run: Run) -> str:
         return f"step {run.steps_done}"
@@ -258,10 +334,12 @@ class Explorer(LiveTraining):
         if not run.workers:
             run = plan or run
         plan = plan or run
-        reached = (self._boundary_panel if self._plane else self._accuracy_panel)(run)
+        images = tuple(self._test_data.X.shape[1:]) == (1, 28, 28)
+        reached = (self._boundary_panel if self._plane else self._digits_panel if images else self._accuracy_panel)(run)
         panels = [reached, self._loss_panel(run)]
         if self._private:
-            panels = [self._trade_off_panel(run, plan), *panels, self._budget_panel(run, plan)]
+            goal = [] if self._challenge is None else [_goal(*self._challenge)]
+            panels = [self._trade_off_panel(run, plan, *goal), *panels, self._budget_panel(run, plan)]
         s = plan.settings
         setting = f"Learning rate {number_text(s.lr)}"
         if self._private:
@@ -269,51 +347,12 @@ class Explorer(LiveTraining):
         panels[0] = dataclasses.replace(panels[0], alt=f"{setting}, {s.epochs} epochs. {panels[0].alt}")
         return panels
 
-    def _ghosts_of(self, run: Run, which: int) -> list[Line]:
-        """The last runs; where ``run`` itself is the last one, those before it."""
-        over = self._ghosts[:-1] if run.complete else self._ghosts
-        return [ghosts[which] for ghosts in over[-_GHOSTS:]]
-
     def _curves(self, run: Run, curve_of: Callable[[Run], Any], label: str) -> list[Line]:
         """A curve of the run, and below it the one of the run without privacy."""
         lines = []
         if run.baseline is not None:
             lines.append(curve_of(run.baseline).line("non-private", "without privacy", dashed=True))
         return [*lines, curve_of(run).line(self._role, "with privacy" if self._private else label)]
-
-    def _trade_off_panel(self, run: Run, plan: Run) -> Panel:
-        """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
-        items: list[Any] = [bands(across=True)]
-        if run.baseline is not None and run.baseline.accuracy is not None:
-            items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
-        bound = plan.bound.get(_NAME, math.inf)
-        items.append(Mark("budget", x=_on_axis(bound)))
-        kept = sorted(self.kept, key=lambda k: k.epsilon)
-        best = list(itertools.accumulate((k.accuracy for k in kept), max))
-        if len(kept) > 1:  # a staircase: nothing in between was reached
-            items.append(
-                Line(
-                    np.repeat([_on_axis(k.epsilon) for k in kept], 2)[1:],
-                    np.repeat(best, 2)[:-1],
-                    "private",
-                    "best so far",
-                )
-            )
-        places = [(_on_axis(k.epsilon), k.accuracy) for k in self.kept]
-        # Many would hide each other.
-        for some, numbered in ((slice(-_NUMBERED), False), (slice(-_NUMBERED, None), True)):
-            xs, ys = zip(*places[some]) if places[some] else ([], [])
-            names = [str(k.number) for k in self.kept[some]] if numbered else ()
-            items.append(Points(xs, ys, "private", names=names))
-        spent = run.epsilons[_NAME].ys
-        if spent and run.accuracy is not None and not run.complete and plan is run:
-            items.append(Points([_on_axis(spent[-1])], [run.accuracy], "private", names="…"))
-        told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
-        alt = (
-            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
-        )
-        words = "Privacy against accuracy", "ε of the whole run (RDP bound)", self._accuracy_of
-        return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)
 
     def _loss_panel(self, run: Run) -> Panel:
         alt = f"Loss by step: {_late_loss(run)} at the end"
@@ -355,6 +394,26 @@ class Explorer(LiveTraining):
         x_range = (0, max(run.settings.epochs, 2))
         return Panel(title, "epoch", "share right", items, alt, x_range, y_range=(1 / self._classes, 1))
 
+    def _digits_panel(self, run: Run) -> Panel:
+        """Sixteen test records and what the model says they are; a mistake has the attacker's colour, and a cross."""
+        shown = self._test_data.take(range(min(16, len(self._test_data))))
+        said = shown.y
+        if run.model is not None:
+            with torch.no_grad():
+                said = run.model(shown.X.to(next(run.model.parameters()).device)).argmax(1).cpu()
+        items: list[Item] = []
+        right = said == shown.y
+        for top, row in ((3.0, slice(0, 8)), (1.4, slice(8, 16))):
+            for role, sign, these in (("private", "", right), ("attacker", "✗ ", ~right)):
+                items.append(Pictures((shown.X[row, 0] * these[row, None, None]).numpy(), 8, top, role))
+                words = [f"{sign}{label}" if this else "" for label, this in zip(said[row].tolist(), these[row])]
+                items.append(Words(np.arange(len(words)) + 0.5, np.full(len(words), top - 1.3), words, role))
+        title, alt = self._accuracy_of.capitalize(), "Sixteen test digits, with what the model says they are; "
+        alt += f"{title.lower()} " + ("not known yet" if run.accuracy is None else f"{run.accuracy:.0%}")
+        without = run.baseline.accuracy if run.baseline is not None else None
+        alt += "." if without is None else f", {without:.0%} without privacy."
+        return Panel("What the model says", "", "", items, alt, (0, 8), (0, 3), bare=True)
+
     def _belief(self, model: nn.Module) -> np.ndarray | None:
         """Of each place of the grid: the probability of class 1, by the model."""
         if not self._plane:
@@ -382,9 +441,8 @@ class Explorer(LiveTraining):
         return xs, ys, torch.tensor(np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2), dtype=torch.float32)
 
 
-def _on_axis(epsilon: float) -> float:
-    """An ε beyond the axis stands at its end."""
-    return min(max(epsilon, EPSILONS[0]), EPSILONS[1])
+def _goal(most: float, least: float) -> Band:
+    return Band([EPSILONS[0], most], [least] * 2, [1, 1], "budget")
 
 
 def _late_loss(run: Run) -> str:

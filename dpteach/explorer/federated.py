@@ -9,7 +9,7 @@ from torch import nn
 from dpteach._checks import choice
 from dpteach.data import Data, split
 from dpteach.explorer.controls import RANGES, Range, Slider, menu, number_text
-from dpteach.explorer.training import LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
+from dpteach.explorer.training import Curve, LiveTraining, Run, budget_panel, class_count, diverged, loss_panel
 from dpteach.federated import WEIGHTS, Round, Worker, WorkerStep, train_steps
 from dpteach.plots import Panel
 from dpteach.training import Settings
@@ -47,6 +47,8 @@ class FederatedExplorer(LiveTraining):
         ValueError: if there are fewer than two workers, or not one noise multiplier for each.
     """
 
+    _epsilon_of = "highest ε of a worker (RDP bound)"
+
     def __init__(
         self,
         data: Data,
@@ -82,7 +84,7 @@ class FederatedExplorer(LiveTraining):
         averages = [("weighted by records", "size"), ("all the same", "equal")]
         controls["weights"] = menu("average", averages, value=choice("weights", weights, WEIGHTS))
         super().__init__(controls, settings, make_model)
-        self._lay_out([*self.controls.values()])
+        self._lay_out([*self._rows.values(), self._back])
         self.start()
 
     @property
@@ -118,7 +120,7 @@ class FederatedExplorer(LiveTraining):
             sigma, batch_size = values[self._sigma_of[name]], min(self._settings.batch_size, len(part))
             settings = dataclasses.replace(self._settings, noise_multiplier=sigma, batch_size=batch_size)
             workers.append(Worker(name, part, settings))
-        run = Run(self._settings, workers, values["rounds"])
+        run = Run(self._settings, values, workers, values["rounds"])
         for name in self._names:
             run.epsilons[name].add(0, 0.0)
         return run
@@ -135,6 +137,11 @@ class FederatedExplorer(LiveTraining):
                     why = "the average is not a number any more. Try a lower learning rate."
                     run.ended = f"Diverged in round {event.round}: {why}"
             yield
+
+    def _curves_of(self, run: Run) -> list[list[tuple[Curve, str]]]:
+        roles = dict(zip(self._names, ("first worker", "second worker", *["other worker"] * len(self._names))))
+        by_worker = [[(curves[n], role) for n, role in roles.items()] for curves in (run.losses, run.epsilons)]
+        return [*by_worker, [(run.accuracies, "private")]]
 
     def _price_of(self, run: Run) -> str:
         costs = "; ".join(f"{worker.name} {self._cost(run, worker)}" for worker in run.workers)
@@ -167,16 +174,22 @@ class FederatedExplorer(LiveTraining):
             run = plan
         last = run.history[-1] if run.history else None
         losses = "; ".join(f"{name} {loss:.1f}" for name, loss in last.losses.items()) if last else "no round is done"
-        spent = "; ".join(f"{name} {value:.2f}" for name, value in last.epsilons.items()) if last else "nothing yet"
+        paid = "; ".join(f"{name} {value:.2f}" for name, value in last.epsilons.items()) if last else "nothing yet"
         reached = ", ".join(f"{accuracy:.0%}" for accuracy in run.accuracies.ys) or "none yet"
         loss_alt = f"Loss by round: {losses} in the last round."
-        spent_alt = f"ε by round and worker: {spent} after round {len(run.history)} of {run.rounds}."
+        spent_alt = f"ε by round and worker: {paid} after round {len(run.history)} of {run.rounds}."
         reached_alt = f"Test accuracy of the average by round: {reached}."
-        average, label, end = [run.accuracies.line("private", "federated")], "share of test records right", run.rounds
+        average, end = run.accuracies.line("private", "federated"), run.rounds
+        loss, spent, accuracy = (self._ghosts_of(run, k) for k in range(3))
+        spent, y_range = spent + self._lines(run, run.epsilons), (1 / self._classes, 1)
+        words = "Accuracy of the average", "round", "share of test records right"
         return [
-            loss_panel(self._lines(run, run.losses), "round", end, loss_alt, self._classes),
-            budget_panel(self._lines(run, run.epsilons), "round", "ε of each worker (RDP bound)", end, spent_alt),
-            Panel("Accuracy of the average", "round", label, average, reached_alt, (0, end), (1 / self._classes, 1)),
+            self._trade_off_panel(run, plan or run),
+            Panel(*words, [*accuracy, average], reached_alt, (0, end), y_range),
+            loss_panel([*loss, *self._lines(run, run.losses)], "round", end, loss_alt, self._classes),
+            budget_panel(
+                [*spent, *self._lines(run, run.epsilons)], "round", "ε of each worker (RDP bound)", end, spent_alt
+            ),
         ]
 
     def _lines(self, run: Run, curves: dict) -> list:

@@ -30,6 +30,8 @@ class LivePicture:
     def __init__(self, controls: dict[str, Slider | widgets.Dropdown], thread_name: str, alone: bool = False):
         self._controls = controls
         self.controls = {name: c.widget if isinstance(c, Slider) else c for name, c in controls.items()}
+        self._starts = {name: control.value for name, control in self.controls.items()}
+        self._rows = {name: c.row if isinstance(c, Slider) else c for name, c in controls.items()}  # what a page shows
         self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), live_region()
         self._spoken.add_class("dpteach-spoken")
         self._status, self._in_progress = "", False
@@ -80,6 +82,11 @@ class LivePicture:
         """
         if not self._thread.wait(timeout):
             raise TimeoutError(f"still at work after {timeout} s: {self.status}")
+
+    def reset(self) -> None:
+        """Put every control back where it started."""
+        for name, value in self._starts.items():
+            self.controls[name].value = value
 
     def still(self):
         """The picture with its summary, as a matplotlib figure; a notebook shows it as a PNG."""
@@ -157,7 +164,7 @@ class Viewer(LivePicture):
             choice("ranges", name, limits)
         self._draw = draw
         super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
-        page = two_columns([*self.controls.values()], [self._status_line, self._picture])
+        page = two_columns([*self._rows.values()], [self._status_line, self._picture])
         self.widget = accessible_box([page, self._spoken])
         self._thread.request(force=True)
 

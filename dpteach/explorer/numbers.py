@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpteach.accounting import epsilon
-from dpteach.plots import short
+from dpteach.plots import COLOURS, short
 
 _DELTAS = (1e-5, *np.linspace(0.02, 0.9, 12))  # at which the curve of (ε, δ) is asked
 BANDS = {1.0: "strong", 10.0: "some", math.inf: "practically no guarantee"}
@@ -58,6 +58,15 @@ def odds_in_words(most: float) -> str:
         "If a coin decided whether you take part, an attacker who sees the model guesses right "
         f"at most {right_of_100(most)} of 100 times."
     )
+
+
+def dots(most: float) -> str:
+    """A hundred guesses, ten a line; those that are right have the attacker's colour."""
+    right = right_of_100(most)
+    signs = [f'<b style="color:{COLOURS["attacker"]}">●</b>' if k < right else "○" for k in range(100)]
+    lines = "<br>".join("".join(signs[k : k + 10]) for k in range(0, 100, 10))
+    words = f"{right} of 100 guesses right at most (●); who only guesses is right in 50."
+    return f'<div style="line-height:1.1;letter-spacing:3px" aria-hidden="true">{lines}</div>{words}'
 
 
 def tile(name: str, number: str, words: str, before: str) -> str:

@@ -44,13 +44,30 @@
     readout.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 13, bubbles: true}));
   };
 
+  // A page copies for a click only, and what is shown only. A click on a dot chooses its run in the menu.
+  const onClick = (event) => {
+    const {target} = event;
+    if (target.closest('.dpteach-copy')) {
+      target.closest('.widget-box').querySelector('.dpteach-script textarea').select();
+      document.execCommand('copy');
+    }
+    const dot = target.closest('[data-run]');
+    if (!dot) return;
+    const menu = dot.closest('.dpteach').querySelector('.dpteach-back select');
+    menu.selectedIndex = [...menu.options].findIndex((o) => o.text.match(/^run\s(\d+):/)?.[1] === dot.dataset.run);
+    menu.dispatchEvent(new Event('change', {bubbles: true}));
+  };
+
   const begin = () => {
     const box = element.closest('.dpteach');
     if (!box) {
       setTimeout(begin, 100);
       return;
     }
-    if (!box.parentElement.closest('.dpteach')) box.addEventListener('keydown', onKey, true);
+    if (!box.parentElement.closest('.dpteach')) {
+      box.addEventListener('keydown', onKey, true);
+      box.addEventListener('click', onClick);
+    }
     const watched = {subtree: true, childList: true, attributes: true, attributeFilter: ['aria-valuetext']};
     new MutationObserver(() => name(box)).observe(box, watched);
     name(box);

@@ -1,11 +1,12 @@
 """What the live pictures of a training share: one kind of run, one loop that drains it, one price line."""
 
 import functools
+import itertools
 import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from html import escape
@@ -20,11 +21,12 @@ from dpteach import models
 from dpteach.accounting import epsilon, epsilon_path
 from dpteach.data import Data
 from dpteach.explorer.accessibility import accessible_box
-from dpteach.explorer.controls import button, in_a_row, number_text, two_columns
+from dpteach.explorer.controls import button, folded, in_a_row, label_of, menu, number_text, two_columns
 from dpteach.explorer.live import LivePicture
 from dpteach.explorer.numbers import (
     BANDS,
     band,
+    dots,
     epsilon_number,
     most_believed,
     odds_in_words,
@@ -35,13 +37,14 @@ from dpteach.explorer.numbers import (
 )
 from dpteach.explorer.thread import Job
 from dpteach.federated import Round, Worker, WorkerStep
-from dpteach.plots import Line, Panel, Zones, short, svg
+from dpteach.plots import Item, Line, Mark, Panel, Points, Zones, short, svg
 from dpteach.plots.items import array, thin
 from dpteach.training import Settings, Step
 
 _FRAME = 0.1  # seconds between two frames
 _PATIENCE = 2.0  # seconds into a run after which the slower, tighter ε is computed without waiting for the end
 _LONG = 20_000  # steps; from there on the path of ε is asked at a few
+_MOST_KEPT, _NUMBERED, _GHOSTS = 20, 8, 3  # runs
 _TIMED = 0.5  # seconds of a run that tell its speed
 
 
@@ -75,6 +78,7 @@ class Run:
     """
 
     settings: Settings  # of all workers, but for a σ of their own
+    values: dict[str, Any] = field(default_factory=dict)  # that bring it back, by control or setting
     workers: list[Worker] = field(default_factory=list)  # who trains, and pays; none before the first run
     rounds: int = 1
     model: Any = None  # made when it begins
@@ -177,6 +181,34 @@ class Run:
             self.accuracies.add(getattr(record, "epoch", x), record.accuracy)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A run that went to its end: a numbered dot in the trade-off.
+
+    Attributes:
+        number: 1, 2, …
+        settings: its :class:`~dpteach.Settings`; of a federation what all workers share.
+        values: what brings it back: a value by the name of a control or a setting.
+        epsilon, exact: ε by RDP and by PRV, of the worker who pays most; ``inf`` without privacy.
+        accuracy, without_privacy: that of the run, and that of the run without privacy beside it, or None.
+        how: method and optimizer.
+    """
+
+    number: int
+    settings: Settings
+    values: dict[str, Any]
+    epsilon: float
+    exact: float
+    accuracy: float
+    without_privacy: float | None
+    how: str
+
+    def __str__(self) -> str:
+        told = {label_of(k): number_text(v) if isinstance(v, (int, float)) else v for k, v in self.values.items()}
+        said = ", ".join(f"{name} {value}" for name, value in told.items())
+        return f"Run {self.number}: {self.accuracy:.1%} at ε = {short(self.exact)}; {said}; {self.how}"
+
+
 class LiveTraining(LivePicture):
     """A live picture of a training. One training runs at a time: a new one stops the one before it.
 
@@ -184,25 +216,42 @@ class LiveTraining(LivePicture):
 
     Attributes:
         run: the current :class:`Run`, as far as it has come.
+        kept: the last 20 runs that went to their end, as :class:`Kept`: what the trade-off shows.
     """
 
-    _accuracy_of = "test accuracy"
+    _accuracy_of, _epsilon_of = "test accuracy", "ε of the whole run (RDP bound)"
+    _classes: int
+    _presets: dict[str, dict[str, Any]] = {}  # offered beside the runs that were kept
     _pricing = threading.Lock()  # the slow, tight ε is computed for one run at a time
 
     def __init__(self, controls: dict[str, Any], settings: Settings, make_model: Callable[[], nn.Module]):
         super().__init__(controls, "dpteach-train", alone=True)
         self._make_model = make_model
         self.run = Run(settings)
-        self._numbers, self._price_line = widgets.HTML(), widgets.HTML()
+        self._numbers, self._price_line, self._dots = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._price_line.add_class("dpteach-small")
         self._before: tuple[float | None, float, float] | None = None  # the numbers of the last complete run
         self._drawn_at = -math.inf
+        self.kept: list[Kept] = []
+        self._ghosts: list[list[list[Line]]] = []  # losses, ε and accuracy of the last runs
+        self._back = menu("bring back", [("choose …", 0)])
+        self._back.add_class("dpteach-back")
+        self._offer()
+        self._back.observe(lambda change: self._set(self._offered[change["new"] or 0]), "value")
 
-    def _lay_out(self, controls: list[widgets.Widget]) -> None:
-        """Controls left; numbers, status and pictures right."""
+    def _lay_out(self, controls: list[widgets.Widget], below: Sequence[widgets.Widget] = ()) -> None:
+        """Controls left, with what stands below them; numbers, status and pictures right."""
         start = button("Start", "play", "Train again from the beginning", self.start)
         stop = button("Stop", "stop", "Stop training", self.stop)
-        left = [*controls, in_a_row(start, stop), self._price_line]
+        reset = button("Reset", "undo", "Put every control back where it started", self.reset)
+        left = [
+            *controls,
+            in_a_row(start, stop, reset),
+            self._price_line,
+            folded("The odds as 100 dots", [self._dots]),
+            *below,
+        ]
+        self._numbers.add_class("dpteach-top")
         page = two_columns(left, [self._numbers, self._status_line, self._picture])
         self.widget = accessible_box([page, self._spoken])
 
@@ -246,17 +295,18 @@ class LiveTraining(LivePicture):
         return self._panels_of(self.run)
 
     def _work(self, job: Job) -> None:
-        run = self._new_run(job.values)
-        run.before = self._before
-        self._show_price(run, job)
-        # What is known before any training is shown while the slider moves: as often as a frame, never later.
+        # What is known before any training is shown while the slider moves: as often as a frame, of the newest setting
+        # at that moment. It is shown even if a newer one has come meanwhile, as one would each time; not after a Stop.
         job.wait_until(lambda: False, max(0.0, self._drawn_at + _FRAME - time.perf_counter()))
         if job.over:
             return
-        picture = self._drawn(self.run, run)
-        with self._thread.lock:  # a newer setting may be there by now, and would be each time: but never after a Stop
+        self._drawn_at = time.perf_counter()
+        run = self._new_run(job.values)
+        run.before = self._before
+        price, picture = escape(self._price_of(run)), self._drawn(self.run, run)
+        with self._thread.lock:
             if not self._thread.stopped:
-                self._picture.value = picture
+                self._picture.value, self._price_line.value = picture, price
                 self._say("It trains as soon as the slider rests.", aloud=False)
         if job.comes_to_rest():
             self._drain(run, job)
@@ -297,11 +347,70 @@ class LiveTraining(LivePicture):
     def _keep(self, run: Run) -> None:
         """Remember a complete run, for the ones that follow."""
         self._before = run.numbers
+        curves = [[curve.ghost(role) for curve, role in kind] for kind in self._curves_of(run)]
+        self._ghosts = [*self._ghosts[-_GHOSTS:], curves]
+        how = f"{run.workers[0].method}, {run.workers[0].optimizer}"
+        if run.accuracy is None or any((kept.values, kept.how) == (run.values, how) for kept in self.kept):
+            return
+        number = self.kept[-1].number + 1 if self.kept else 1
+        bound, exact = (max(price.values()) for price in (run.bound, run.exact or run.bound))
+        without = run.baseline.accuracy if run.baseline is not None else None
+        kept = Kept(number, run.settings, run.values, bound, exact, run.accuracy, without, how)
+        self.kept = [*self.kept[1 - _MOST_KEPT :], kept]
+        self._offer()
+
+    def _offer(self) -> None:
+        """The menu: the runs that were kept, and settings worth a try."""
+        names = {f"run {k.number}: ε ≤ {short(k.epsilon)}, {k.accuracy:.0%}": k.values for k in reversed(self.kept)}
+        offered = {"choose …": {}, **names, **self._presets}
+        self._offered = list(offered.values())
+        self._back.options = [(name, k) for k, name in enumerate(offered)]
+
+    def _set(self, values: dict[str, Any]) -> None:
+        """Set the controls to these values."""
+        for name in self.controls.keys() & values.keys():
+            self.controls[name].value = values[name]
+        self._back.value = 0  # what was chosen can be chosen again
+
+    def _curves_of(self, run: Run) -> list[list[tuple[Curve, str]]]:
+        """The run's curves of loss, of ε and of accuracy, each with its role."""
+        raise NotImplementedError
+
+    def _ghosts_of(self, run: Run, which: int) -> list[Line]:
+        """The last runs' curves; where ``run`` itself is the last one, those before it."""
+        over = self._ghosts[:-1] if run.complete else self._ghosts
+        return [line for ghosts in over[-_GHOSTS:] for line in ghosts[which]]
+
+    def _trade_off_panel(self, run: Run, plan: Run, *more: Item) -> Panel:
+        """Accuracy by ε, all by RDP: what was reached, and where the run that trains is now."""
+        bound = max(plan.bound.values(), default=math.inf)
+        items: list[Item] = [bands(across=True), *more, Mark("budget", x=_on_axis(bound))]
+        if run.baseline is not None and run.baseline.accuracy is not None:
+            items.append(Mark("non-private", "without privacy", y=run.baseline.accuracy))
+        kept = sorted(self.kept, key=lambda k: k.epsilon)
+        best = list(itertools.accumulate((k.accuracy for k in kept), max))
+        if len(kept) > 1:  # a staircase: nothing in between was reached
+            xs = np.repeat([_on_axis(k.epsilon) for k in kept], 2)[1:]
+            items.append(Line(xs, np.repeat(best, 2)[:-1], "private", "best so far"))
+        # Many names would hide each other.
+        for some, named in ((self.kept[:-_NUMBERED], False), (self.kept[-_NUMBERED:], True)):
+            names, tips = ([str(k.number) for k in some], [str(k) for k in some]) if named else ([], [])
+            at = [_on_axis(k.epsilon) for k in some], [k.accuracy for k in some]
+            items.append(Points(*at, "private", names=names, tips=tips))
+        spent = [curve.ys[-1] for curve in run.epsilons.values() if curve.ys]
+        if spent and run.accuracy is not None and not run.complete and plan is run:
+            items.append(Points([_on_axis(max(spent))], [run.accuracy], "private", names="…"))
+        told = "; ".join(f"run {k.number}: {k.accuracy:.0%} at ε {short(k.epsilon)}" for k in self.kept[-6:])
+        alt = (
+            f"{self._accuracy_of.capitalize()} by ε: {told or 'no run has ended'}. This run: at most ε {short(bound)}."
+        )
+        words = "Privacy against accuracy", self._epsilon_of, self._accuracy_of
+        return Panel(*words, items, alt, EPSILONS, (1 / self._classes, 1), x_log=True)
 
     def _drawn(self, run: Run, plan: Run | None = None) -> str:
         """The pictures, as by :meth:`_panels_of`; the big numbers are put on the page."""
         self._numbers.value = self._numbers_of(plan or run)
-        self._drawn_at = time.perf_counter()
+        self._dots.value = dots((plan or run).most_believed)
         return svg(self._panels_of(run, plan))
 
     def _numbers_of(self, run: Run) -> str:
@@ -326,9 +435,10 @@ class LiveTraining(LivePicture):
         )
 
     def _show_price(self, run: Run, job: Job) -> None:
+        price = escape(self._price_of(run) + run.duration)
         with self._thread.lock:
             if not job.over:
-                self._price_line.value = escape(self._price_of(run) + run.duration)
+                self._price_line.value = price
 
     def _announce(self, run: Run, duration: str, job: Job) -> None:
         """Say once that a run takes long."""
@@ -403,6 +513,11 @@ def loss_panel(items: list, x_label: str, end: float, alt: str, classes: int) ->
 def class_count(data: Data) -> int:
     """How many classes the labels name, at least two."""
     return max(2, int(data.y.max()) + 1)
+
+
+def _on_axis(epsilon: float) -> float:
+    """An ε beyond the axis stands near its end, where its dot is whole."""
+    return min(max(epsilon, 1.3 * EPSILONS[0]), EPSILONS[1] / 1.3)
 
 
 @torch.no_grad()

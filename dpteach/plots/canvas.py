@@ -68,6 +68,13 @@ class SvgCanvas:
             f'href="data:image/png;base64,{data}"/>'
         )
 
+    def tip(self, x, y, size, words, name) -> None:
+        """What a mouse that rests on this place reads; a click there finds ``name`` as its ``data-run``."""
+        self.out.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size / 2 + 2:g}" fill="none" pointer-events="all" '
+            f'style="cursor:pointer" data-run="{escape(name)}"><title>{escape(words)}</title></circle>'
+        )
+
     def text(self, x, y, words, size=11, anchor="start", bold=False, turned=False, faint=False, colour=None) -> None:
         """Words on the base line ``y``."""
         place = f'transform="translate({x:.1f},{y:.1f}) rotate(-90)"' if turned else f'x="{x:.1f}" y="{y:.1f}"'
@@ -131,6 +138,9 @@ class FigureCanvas:
         left, top = self._shift + [left, top]
         extent = (left, left + width, top + height, top)
         self._clipped(self._axes.imshow(rgba, extent=extent, aspect="auto", interpolation="bilinear"))
+
+    def tip(self, *_) -> None:
+        """A still has no mouse."""
 
     def text(self, x, y, words, size=11, anchor="start", bold=False, turned=False, faint=False, colour=None) -> None:
         """Words on the base line ``y``."""

@@ -203,8 +203,27 @@ class Pictures(Item):
 
 
 @dataclass(frozen=True)
+class Words(Item):
+    """A short text at each place, with its middle there."""
+
+    xs: Values
+    ys: Values
+    texts: Sequence[str]
+    role: str
+    label: str = ""
+
+    def draw(self, canvas, axes) -> None:
+        for (x, y), words in zip(axes.at(self.xs, self.ys), self.texts):
+            if words:
+                canvas.text(x, y + 4, words, size=13, anchor="middle", bold=True, colour=self.colour)
+
+
+@dataclass(frozen=True)
 class Points(Item):
-    """Dots, or crosses: a second sign beside the colour. ``names``: a short text on each, for a few large dots."""
+    """Dots, or crosses: a second sign beside the colour. ``names``: a short text on each, for a few large dots.
+
+    ``tips``: what a mouse that rests on each reads, for dots with a name.
+    """
 
     xs: Values
     ys: Values
@@ -213,6 +232,7 @@ class Points(Item):
     cross: bool = False
     names: Sequence[str] = ()
     ghost: bool = False
+    tips: Sequence[str] = ()
 
     @property
     def look(self) -> tuple:
@@ -229,6 +249,8 @@ class Points(Item):
             (canvas.crosses if self.cross else canvas.dots)(spots, self.colour, size, _GHOST if self.ghost else 1)
         for (x, y), name in zip(spots, self.names):
             canvas.text(x, y + 3.5, name, size=10, anchor="middle", bold=True, colour="#FFFFFF")
+        for (x, y), name, words in zip(spots, self.names, self.tips):
+            canvas.tip(x, y, size, words, name)
 
     def sign(self, canvas, x: float, y: float) -> None:
         (canvas.crosses if self.cross else canvas.dots)(np.array([[x + 7, y]]), self.colour, 8)
