@@ -2,13 +2,15 @@
 
 The rooms, from the ground up (each imports only from those before it):
 
-- ``settings``, ``randomness``, ``guards``, ``bookkeeping``, ``optim``: what a run is made of, random numbers, what a
-  model must be, a quick sum of clipped gradients, what takes the step
+- ``settings``, ``randomness``, ``guards``, ``bookkeeping``, ``perceptrons``, ``optim``: what a run is made of, random
+  numbers, what a model must be, quick sums of clipped gradients, what takes the step
 - ``data``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what to train, the four moves of
   DP-SGD, ε, and a file that keeps count
 - ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
+- ``stack``: many runs trained as one
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
-- ``attacks``, ``experiments``: membership inference; runs too long for a notebook, stored
+- ``attacks``, ``speed``, ``experiments``: membership inference; how long a private step
+  takes; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
 - ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
 
@@ -27,11 +29,12 @@ _NAMES = {
     "accounting": "epsilon epsilon_path noise_multiplier_for",
     "ledger": "Ledger",
     "training": "Step train",
+    "stack": "StackStep train_many",
     "federated": "Worker federated_average train_rounds",
-    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
+    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene SurfaceExplorer",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
-_ROOMS = sorted({*_NAMES, "attacks", "exercises", "experiments", "flower", "guards", "models", "optim", "plots"})
+_ROOMS = sorted({*_NAMES, "attacks", "exercises", "experiments", "features", "flower", "guards", "models", "optim", "plots"})
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

@@ -9,6 +9,7 @@ Source: Bu et al. 2022, *Differentially Private Optimization on Large Model at S
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,24 +26,35 @@ _WITHOUT_PARAMETERS = (
 # fmt: on
 _WITH_PARAMETERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 _CHUNK = 1 << 19  # numbers: two MB, what a core's cache holds
-_NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
+NORM_AT_MOST = 1e15  # beyond, float32 products overflow or underflow on their way: the general way can cope
 
 
 def known_layers(model: nn.Module) -> list[nn.Module] | None:
     """The model's layers in order, if every one is known to treat each sample alone and no hook is set; else None."""
-    layers = _in_order(model)
-    return layers if layers is not None and not _hooked(model) and all(map(_known, layers)) else None
+    anywhere = torch.nn.modules.module
+    hooked = (
+        anywhere._global_forward_hooks
+        or anywhere._global_forward_pre_hooks
+        or anywhere._global_backward_hooks
+        or anywhere._global_backward_pre_hooks
+    )
+    return None if hooked else _in_order(model)
 
 
 def plain_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The model's layers in order, if all are known, none is used twice and all is trained; else None."""
-    layers = known_layers(model)
-    taught = [p for layer in layers or () for p in layer.parameters()]
-    return (
-        layers
-        if taught and len({id(p) for p in taught}) == len(taught) and all(p.requires_grad for p in taught)
-        else None
-    )
+    """The model's layers in order, if all are known, none is used twice and all is trained; else None.
+
+    What these are, ``guards.check_model`` has nothing to say against.
+    """
+    layers, seen = known_layers(model), set()
+    for layer in layers or ():
+        for p in layer._parameters.values():
+            if p is None:
+                continue
+            if id(p) in seen or not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks:
+                return None
+            seen.add(id(p))
+    return layers if seen else None
 
 
 def draws(model: nn.Module) -> bool:
@@ -52,7 +64,7 @@ def draws(model: nn.Module) -> bool:
 
 
 def clipped_sum_of_layers(
-    layers: list[nn.Module], X: Tensor, losses_of: Callable[[Tensor], Tensor], factors_of: Callable[[Tensor], Tensor]
+    layers: list[nn.Module], X: Tensor, losses_of: Callable[[Tensor], Tensor], max_grad_norm: float
 ) -> tuple[Tensor, Tensor] | None:
     """``(P,)`` in float32 or float64, and the losses ``(B,)``; None where the general way must be taken.
 
@@ -60,7 +72,7 @@ def clipped_sum_of_layers(
         layers: from :func:`plain_layers`.
         X: ``(B, ...)``, B >= 1.
         losses_of: the model's outputs -> each sample's loss.
-        factors_of: the gradients' norms, ``(B,)`` float64 -> what to multiply each by.
+        max_grad_norm: C.
     """
     taps: list[tuple[type[_Tape], nn.Module, Tensor, Tensor]] = []
     h = X
@@ -73,16 +85,18 @@ def clipped_sum_of_layers(
             taps.append((kind, layer, inputs.detach(), h))
     losses = losses_of(h)
     output_grads = [_wide(g) for g in torch.autograd.grad(losses.sum(), [output for *_, output in taps])]
-    with torch.no_grad(), torch.autocast(X.device.type, enabled=False):  # which would sum in half precision
-        tapes = [kind(layer, _wide(a), g) for (kind, layer, a, _), g in zip(taps, output_grads)]
+    taken, losses = [tap[:3] for tap in taps], losses.detach()
+    del taps, h  # the outputs, and what autograd kept: room for the gradients
+    with torch.no_grad(), without_autocast(X.device.type):
+        tapes = [kind(layer, _wide(a), g) for (kind, layer, a), g in zip(taken, output_grads)]
         squares = tapes[0].squared_norms
         for tape in tapes[1:]:
             squares = squares + tape.squared_norms
         norms = squares.sqrt()
-        if not bool((norms <= _NORM_AT_MOST).all()):  # NaN too
+        if not bool((norms <= NORM_AT_MOST).all()):  # NaN too
             return None
-        weights = factors_of(norms).to(output_grads[0].dtype)
-        return torch.cat([part for tape in tapes for part in tape.weighted_sum(weights)]), losses.detach()
+        weights = clip_factors(norms, max_grad_norm, output_grads[0].dtype)
+        return torch.cat([part for tape in tapes for part in tape.weighted_sum(weights)]), losses
 
 
 class _Tape:
@@ -104,8 +118,8 @@ class _Outer(_Tape):
 
     def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor):
         self.a, self.g, self.names = a, g, _trained(layer)
-        g2 = _squared(g)
-        self.squared_norms = g2 * _squared(a)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+        g2 = squared_norms(g)
+        self.squared_norms = g2 * squared_norms(a)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
         if layer.bias is not None:
             self.squared_norms += g2
 
@@ -121,9 +135,9 @@ class _Places(_Tape):
         self.a, self.g, self.names = a.flatten(1, -2), g.flatten(1, -2), _trained(layer)
         some = max(1, _CHUNK // (g.shape[-1] * a.shape[-1]))
         parts = zip(self.g.split(some), self.a.split(some))
-        self.squared_norms = torch.cat([_squared((g_.mT @ a_).flatten(1)) for g_, a_ in parts])
+        self.squared_norms = torch.cat([squared_norms((g_.mT @ a_).flatten(1)) for g_, a_ in parts])
         if layer.bias is not None:
-            self.squared_norms += _squared(self.g.sum(1))
+            self.squared_norms += squared_norms(self.g.sum(1))
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
         g, a = (self.g * weights.view(-1, 1, 1)).flatten(0, 1), self.a.flatten(0, 1)
@@ -136,7 +150,7 @@ class _Rows(_Tape):
     def __init__(self, layer: nn.Module, a: Tensor, g: Tensor):
         grads = self.gradients(layer, a, g)
         self.grads = [grads[name] for name in _trained(layer)]
-        self.squared_norms = torch.stack([_squared(rows) for rows in self.grads]).sum(0)
+        self.squared_norms = torch.stack([squared_norms(rows) for rows in self.grads]).sum(0)
 
     def gradients(self, layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         """``(B, n)`` for each name of a parameter."""
@@ -181,7 +195,7 @@ class _Words(_Tape):
         self.sample, self.word = keys // layer.num_embeddings, keys % layer.num_embeddings
         self.shape = layer.weight.shape
         squares = torch.zeros(len(words), dtype=torch.float64, device=g.device)
-        self.squared_norms = squares.index_add_(0, self.sample, _squared(self.rows))
+        self.squared_norms = squares.index_add_(0, self.sample, squared_norms(self.rows))
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
         rows = self.rows * weights[self.sample].unsqueeze(1)
@@ -218,40 +232,66 @@ def _trained(layer: nn.Module) -> list[str]:
     return [name for name, p in layer._parameters.items() if p is not None]
 
 
-def _squared(rows: Tensor) -> Tensor:
+def squared_norms(rows: Tensor) -> Tensor:
     """``(B,)`` float64: float32's squares overflow at 2e19, vanish at 1e-23, lose digits over millions of entries."""
+    if rows.numel() > _CHUNK and len(rows) > 1:  # so that the float64 copy stays small, and in the cache
+        return torch.cat([squared_norms(part) for part in rows.split(max(1, _CHUNK // rows.shape[1]))])
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square()
+    return norms.square_()
+
+
+def clip_factors(norms: Tensor, max_grad_norm: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """What to multiply gradients of these norms by, all finite: C/norm, a hair less since ``dtype`` rounds; at most 1.
+
+    ``dtype`` is the factors' own.
+    """
+    factors: Tensor = max_grad_norm * (1 - max(8 * torch.finfo(dtype).eps, 1e-11)) / norms
+    return factors.clamp_(max=1).to(dtype)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Under autocast the sums would be in half precision."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _hooked(model: nn.Module) -> bool:
-    """Whether a hook, or a ``forward`` set on an instance, could change what any layer does."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    everywhere = (getattr(torch.nn.modules.module, f"_global{name}") for name in names)
-    return any(everywhere) or any(
-        any(getattr(layer, name) for name in names) or "forward" in vars(layer) for layer in model.modules()
-    )
-
-
 def _in_order(model: nn.Module) -> list[nn.Module] | None:
-    if type(model) is not nn.Sequential:
+    if type(model) is not nn.Sequential or _hooked(model):
         return None
     layers: list[nn.Module] = []
     for layer in model:
-        inner = _in_order(layer) if type(layer) is nn.Sequential else [layer]
-        if inner is None:
+        if type(layer) is nn.Sequential:
+            inner = _in_order(layer)
+            if inner is None:
+                return None
+            layers += inner
+        elif _known(layer) and not _hooked(layer):
+            layers.append(layer)
+        else:
             return None
-        layers += inner
     return layers
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether a hook, or a ``forward`` set on the instance, could change what the layer does."""
+    own = vars(layer)
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def _known(layer: nn.Module) -> bool:
     kind = type(layer)
-    if getattr(layer, "inplace", False):
+    if kind is nn.Linear:  # the most frequent
+        return set(layer._parameters) == {"weight", "bias"}
+    if vars(layer).get("inplace"):  # getattr would take longer than all the rest
         return False
     if isinstance(layer, nn.Flatten) and kind is nn.Flatten:
         return layer.start_dim >= 1

@@ -327,6 +327,12 @@ def _ladder() -> Iterator[dict]:
             yield ladder_run(60_000, rung, 10, seed)
 
 
+def _speed() -> Iterator[dict]:
+    from dpteach import speed  # it needs Opacus
+
+    yield from speed.rows()
+
+
 EXPERIMENTS = {
     "twenty-minute-guide": _guide,
     "two-workers": _two_workers,
@@ -334,6 +340,7 @@ EXPERIMENTS = {
     "twenty-clients": _twenty_clients,
     "accuracy-ladder": _ladder,
     "accuracy-record": _record,
+    "speed": _speed,
 }
 
 
@@ -351,7 +358,7 @@ def run(name: str) -> Path:
     with part.open("w", newline="", encoding="utf8") as file:
         writer = None
         for row in experiment():
-            row = {**row, **made_with}
+            row = {**row, **{name: value for name, value in made_with.items() if name not in row}}
             if writer is None:
                 writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
                 writer.writeheader()

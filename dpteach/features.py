@@ -1,4 +1,4 @@
-"""Features of images for which no record pays: each is made of one image alone, and nothing in them was learned from data.
+"""Features of images for which no record pays: each is made of that image alone, and nothing was learned from data.
 
 Hand-made knowledge stands in the place of public data: that a digit may lean and be large or small, that strokes have
 directions, and how scribbles look that the computer draws itself.

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from dpteach._checks import clipping_norm, number, whole
 from dpteach.bookkeeping import clipped_sum_of_layers, plain_layers
 from dpteach.guards import check_alone, check_model
+from dpteach.perceptrons import clipped_sum_by_hand
 from dpteach.randomness import Random, SystemRandom
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -180,19 +181,17 @@ def clipped_sum_and_losses(
 
     A plain stack of known layers goes the quick way (see :mod:`dpteach.bookkeeping`), any other model the general one.
     """
-    clipping_norm(max_grad_norm)
-    check_model(model)
-    layers = plain_layers(model) if len(X) else None
-    quick = layers and clipped_sum_of_layers(
-        layers,
-        X,
-        lambda outputs: sample_losses(loss_fn, outputs, y),
-        lambda norms: _clip_factors(norms, max_grad_norm, torch.float32 if X.dtype != torch.float64 else X.dtype),
-    )
+    C = clipping_norm(max_grad_norm)
+    layers = plain_layers(model) if len(X) and C > 1e-12 else None  # below, float32 loses squares
+    quick = None
+    if layers and loss_fn is F.cross_entropy:
+        quick = clipped_sum_by_hand(layers, X, y, C)
+    if layers and not quick:
+        quick = clipped_sum_of_layers(layers, X, lambda outputs: sample_losses(loss_fn, outputs, y), C)
     if quick:
         return quick
     grads, losses = _gradients_and_losses(model, loss_fn, X, y)
-    return clip(grads, max_grad_norm).sum(0), losses
+    return clip(grads, C).sum(0), losses
 
 
 def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, generator: Random | None = None) -> Tensor:
@@ -225,7 +224,7 @@ def add_noise(summed: Tensor, noise_multiplier: float, max_grad_norm: float, gen
         noise = generator.normal(summed.numel()).view(summed.shape).to(summed.device)
         return (summed.double() + noise_multiplier * max_grad_norm * noise).to(summed.dtype)
     noise = torch.randn(summed.shape, generator=generator, dtype=summed.dtype).to(summed.device)
-    return summed + noise_multiplier * max_grad_norm * noise
+    return noise.mul_(noise_multiplier * max_grad_norm).add_(summed)
 
 
 def _clip_factors(norms: Tensor, max_grad_norm: float, dtype: torch.dtype) -> Tensor:

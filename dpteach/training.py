@@ -6,7 +6,7 @@ drains it in a thread. Nobody passes callbacks.
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -182,13 +182,14 @@ def dpsgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any
     n, C, q = len(data), settings.max_grad_norm, settings.sample_rate(len(data))
     steps = settings.epochs * settings.steps_per_epoch(n)
     sampling, noise = generators(settings.seed)
+    parameters = list(model.parameters())
     forward_pass = _forward_pass(model, settings.seed, private=True)
     for batch in poisson_batches(n, q, steps, sampling):  # move 1
         X, y = data[batch]
         with forward_pass():
             summed, losses = clipped_sum_and_losses(model, F.cross_entropy, X, y, C)  # moves 2 and 3
         noisy = add_noise(summed, settings.noise_multiplier, C, noise)  # move 4
-        set_gradient(model, noisy / (n * q))
+        set_gradient(parameters, noisy / (n * q))
         optimizer.step()
         optimizer.zero_grad()  # no gradient stays for a later step, or leaves with the model
         yield losses.mean().item()  # NaN for an empty batch
@@ -200,10 +201,10 @@ def _opacus_steps(model: nn.Module, data: Data, settings: Settings, optimizer: A
     yield from opacus_steps(model, data, settings, optimizer)
 
 
-def set_gradient(model: nn.Module, gradient: Tensor) -> None:
-    """Hand a flat gradient ``(P,)`` to the trainable parameters, in the order of ``model.parameters()``."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p, part in zip(trainable, gradient.split([p.numel() for p in trainable])):
+def set_gradient(parameters: Sequence[nn.Parameter], gradient: Tensor) -> None:
+    """Hand a flat gradient ``(P,)`` to those of the parameters that are trained now, in their order."""
+    trained = [p for p in parameters if p.requires_grad]
+    for p, part in zip(trained, gradient.split([p.numel() for p in trained])):
         p.grad = part.view_as(p).to(p.dtype)
 
 

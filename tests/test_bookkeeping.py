@@ -35,14 +35,15 @@ def linears(draw):
 @st.composite
 def layer_norms(draw):
     shape = draw(st.lists(size, min_size=1, max_size=2))
-    layer = nn.LayerNorm(shape, eps=draw(st.sampled_from([1e-5, 0.1])), bias=draw(yes))
+    layer = nn.LayerNorm(shape, draw(st.sampled_from([1e-5, 0.1])), elementwise_affine=draw(yes), bias=draw(yes))
     return layer, (*draw(st.lists(size, max_size=2)), *shape)
 
 
 @st.composite
 def group_norms(draw):
     groups = draw(st.integers(1, 3))
-    layer = nn.GroupNorm(groups, groups * draw(st.integers(1, 3)), eps=draw(st.sampled_from([1e-5, 0.1])))
+    eps = draw(st.sampled_from([1e-5, 0.1]))
+    layer = nn.GroupNorm(groups, groups * draw(st.integers(1, 3)), eps, affine=draw(yes))
     return layer, (layer.num_channels, *draw(st.lists(st.integers(2, 4), min_size=1, max_size=2)))
 
 

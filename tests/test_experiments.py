@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dpteach import speed
 from dpteach.accounting import epsilon
 from dpteach.experiments import RESULTS, guide_run, load, two_workers_run
 
@@ -81,6 +82,35 @@ def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
             noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of
         )
         assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
+
+
+def test_the_stored_times_have_every_row_and_what_made_them():
+    rows = load("speed")
+    steps = {(r["model"], r["way"], r["threads"]): r for r in rows if r["what"] == "step"}
+    ways = {model: [*speed.WAYS, *(speed.STACK_WAYS if model in speed.STACKS else ())] for model in speed.MODELS}
+    assert set(steps) == {(model, way, threads) for model in ways for way in ways[model] for threads in (1, 2)}
+    assert all(r["batch"] == 256 and r["milliseconds"] > 0 and r["ratio"] > 0 for r in steps.values())
+    assert all(r["ratio"] == 1 for (_, way, _), r in steps.items() if way == "plain")
+    memory = [(r["way"], r["batch"]) for r in rows if r["what"] == "memory" and r["megabytes"] > 0]
+    assert sorted(memory) == sorted((w, b) for w in speed.MEMORY_WAYS for b in speed.MEMORY_BATCHES)
+    assert [(r["way"], r["seconds"] > 0) for r in rows if r["what"] == "epoch"] == [
+        ("here", True),
+        ("Opacus hooks", True),
+    ]
+    assert len(rows) == len(steps) + len(memory) + 2
+    assert all(r[name] for r in rows for name in ("processor", "python", "torch", "opacus", "threads"))
+
+
+def test_the_stored_steps_on_one_thread_are_quicker_here_than_in_opacus():
+    ratio = {(r["model"], r["way"]): r["ratio"] for r in load("speed") if (r["what"], r["threads"]) == ("step", 1)}
+    for model in speed.MODELS:
+        assert 1.25 * ratio[model, "here"] < min(ratio[model, "Opacus hooks"], ratio[model, "Opacus ghost"])
+
+
+def test_the_times_of_a_step_can_be_taken_again(monkeypatch):
+    monkeypatch.setattr(speed, "_AT_LEAST", 1e-4)
+    rows = list(speed.step_times("two moons 2-32-2", 1))
+    assert [row["way"] for row in rows] == [*speed.WAYS, *speed.STACK_WAYS] and all(row["ratio"] > 0 for row in rows)
 
 
 def test_a_stored_row_says_what_made_it():

@@ -26,18 +26,22 @@ FLOORS = {
     "randomness": 0,
     "optim": 0,
     "guards": 0.5,
+    "perceptrons": 0.5,
     "settings": 0.5,
     "data": 1,
     "models": 1,
+    "features": 1,
     "mechanism": 1,
     "accounting": 1,
     "ledger": 1.5,
     "with_opacus": 1.5,
     "training": 2,
+    "stack": 3,
     "attacks": 3,
     "federated": 3,
     "flower": 4,
     "plots": 4,
+    "speed": 4,
     "experiments": 5,
     "explorer": 5,
     "exercises": 5,
@@ -86,7 +90,7 @@ def test_nothing_but_the_rooms_of_pictures_and_sliders_imports_what_they_need(pa
     used = {name.split(".")[0] for name in imports(path)}
     if room_of(path) not in ("plots", "explorer"):
         assert not used & {"matplotlib", "ipywidgets", "contourpy"}
-    if room_of(path) not in ("accounting", "with_opacus") and path != PACKAGE / "exercises" / "opacus.py":
+    if room_of(path) not in ("accounting", "with_opacus", "speed") and path != PACKAGE / "exercises" / "opacus.py":
         assert "opacus" not in used
 
 

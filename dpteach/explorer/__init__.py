@@ -17,6 +17,7 @@ from dpteach.explorer.explorer import Explorer
 from dpteach.explorer.federated import FederatedExplorer
 from dpteach.explorer.live import Viewer
 from dpteach.explorer.playground import Pin, Playground, Scene
+from dpteach.explorer.surface import SurfaceExplorer
 from dpteach.explorer.training import Run
 
-__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Pin", "Playground", "Range", "Run", "Scene", "Viewer"]
+__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Pin", "Playground", "Range", "Run", "Scene", "SurfaceExplorer", "Viewer"]

@@ -190,9 +190,9 @@ class SurfaceExplorer(LivePicture):
             here,
         ]
         told = "; ".join(f"ε {short(e)}: {100 * m:.1f} ± {100 * s:.1f}" for e, m, s in best)
-        alt = f"Test accuracy in percent of the best C by ε of one run, with the scatter over seeds: {told or 'none yet'}."
-        low = 1 / class_count(self._data)
-        return Panel("What an ε buys", "ε of one run (RDP bound)", "test accuracy", items, alt, None, (low, 1), x_log=True)
+        alt = f"Test accuracy in percent of the best C by ε of one run, ± one sd over seeds: {told or 'none yet'}."
+        words = "What an ε buys", "ε of one run (RDP bound)", "test accuracy"
+        return Panel(*words, items, alt, None, (1 / class_count(self._data), 1), x_log=True)
 
 
 def _ends(middles: np.ndarray) -> tuple[float, float]:
