@@ -20,4 +20,15 @@ from dpteach.explorer.playground import Pin, Playground, Scene
 from dpteach.explorer.surface import SurfaceExplorer
 from dpteach.explorer.training import Run
 
-__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Pin", "Playground", "Range", "Run", "Scene", "SurfaceExplorer", "Viewer"]
+__all__ = [
+    "RANGES",
+    "Explorer",
+    "FederatedExplorer",
+    "Pin",
+    "Playground",
+    "Range",
+    "Run",
+    "Scene",
+    "SurfaceExplorer",
+    "Viewer",
+]

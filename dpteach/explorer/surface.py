@@ -105,6 +105,17 @@ class SurfaceExplorer(LivePicture):
             found.append((float(self.epsilons[k]), settings, float(means[row, k]), float(sds[row, k])))
         return found
 
+    def summary(self) -> str:
+        """What the best cell of each ε reaches, and the cell below the cross."""
+        return self.error and self.status or f"{self._here()} {self._front_panel().alt}"
+
+    def _here(self) -> str:
+        row, column = self._cell()
+        mean, sd = self.accuracies.mean(2)[row, column], self._sds()[row, column]
+        at = f"σ = {number_text(self.sigmas[column])}, C = {number_text(self.norms[row])}"
+        cost = f"ε ≤ {short(float(self.epsilons[column]))} for one run"
+        return f"The cell below the cross, {at}: {100 * mean:.0f} ± {100 * sd:.0f} %; {cost}."
+
     def _cell(self) -> tuple[int, int]:
         values = self.values
         return tuple(
@@ -122,12 +133,7 @@ class SurfaceExplorer(LivePicture):
             if not job.comes_to_rest() or not self._train(job, dataclasses.replace(self._start_settings, **plan)):
                 return
             self._trained = plan
-        row, column = self._cell()
-        mean, sd = self.accuracies.mean(2)[row, column], self._sds()[row, column]
-        at = f"σ = {number_text(self.sigmas[column])}, C = {number_text(self.norms[row])}"
-        cost = f"ε ≤ {short(float(self.epsilons[column]))} for one run"
-        words = f"The cell below the cross, {at}: {100 * mean:.1f} % ± {100 * sd:.1f}; {cost}."
-        self._show(job, svg(self._panels()), words)
+        self._show(job, svg(self._panels()), self._here())
 
     def _train(self, job: Job, base: Settings) -> bool:
         """Train every cell; False where the job is over before."""
@@ -163,8 +169,9 @@ class SurfaceExplorer(LivePicture):
         items: list[Any] = [Heat(self.sigmas, self.norms, means, 1 / class_count(self._data), 1)]
         items += [Level("budget", x=sigma, name=f"ε {e}") for e, sigma in self._levels.items()]
         known = [settings for _, settings, mean, _ in best if np.isfinite(mean)]
-        xs, ys = [s.noise_multiplier for s in known], [s.max_grad_norm for s in known]
-        items.append(Points(xs, [y / 1.18 for y in ys], "budget", "best C of each ε"))
+        below = (self.norms[1] / self.norms[0]) ** 0.33  # the number of the cell stays readable
+        xs, ys = [s.noise_multiplier for s in known], [s.max_grad_norm / below for s in known]
+        items.append(Points(xs, ys, "budget", "best C of each ε"))
         items.append(Points([values["noise_multiplier"]], [values["max_grad_norm"]], "attacker", "sliders", cross=True))
         rows = (
             f"C = {number_text(norm)}: {', '.join('–' if np.isnan(v) else f'{100 * v:.0f}' for v in row)}"
@@ -189,7 +196,7 @@ class SurfaceExplorer(LivePicture):
             Line(es, means, "budget", "best C, ± one sd"),
             here,
         ]
-        told = "; ".join(f"ε {short(e)}: {100 * m:.1f} ± {100 * s:.1f}" for e, m, s in best)
+        told = "; ".join(f"ε {short(e)}: {100 * m:.0f} ± {100 * s:.0f}" for e, m, s in best)
         alt = f"Test accuracy in percent of the best C by ε of one run, ± one sd over seeds: {told or 'none yet'}."
         words = "What an ε buys", "ε of one run (RDP bound)", "test accuracy"
         return Panel(*words, items, alt, None, (1 / class_count(self._data), 1), x_log=True)

@@ -276,7 +276,7 @@ class Heat(Item):
 
     def opacity(self, value: float) -> float:
         """Of a cell's colour; text in the page's own colour stays readable on the fullest."""
-        return 0.02 + 0.6 * min(max((value - self.low) / (self.high - self.low), 0), 1) ** 2
+        return 0.02 + 0.6 * min(max((value - self.low) / (self.high - self.low), 0), 1) ** 3
 
     def draw(self, canvas, axes) -> None:
         columns, rows = _borders(axes.x(self.xs)), _borders(axes.y(self.ys))
