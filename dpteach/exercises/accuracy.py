@@ -78,8 +78,8 @@ exercise_9_1 = open_ended(
             "contour is the best cell?",
         ),
     },
-    praise="the same ε ({eps:.1f} for one run), and {mine:.0f} % right instead of {start:.0f}. Nothing was paid for it, but for "
-    "the trying: a contour tells where a step is free.",
+    praise="the same ε ({eps:.1f} for one run), and {mine:.0f} % right instead of {start:.0f}. Nothing was paid for "
+    "it, but for the trying: a contour tells where a step is free.",
     solution="```python\nanswer_9_1 = replace(start, max_grad_norm=3.0)\n```\n\nOr `replace(start, lr=30.0)`: "
     "the same lr·C.",
 )
