@@ -4,8 +4,8 @@ The rooms, from the ground up (each imports only from those before it):
 
 - ``settings``, ``randomness``, ``guards``, ``bookkeeping``, ``perceptrons``, ``optim``: what a run is made of, random
   numbers, what a model must be, quick sums of clipped gradients, what takes the step
-- ``data``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what to train, the four moves of
-  DP-SGD, ε, and a file that keeps count
+- ``data``, ``features``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what of it to look
+  at, what to train, the four moves of DP-SGD, ε, and a file that keeps count
 - ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
 - ``stack``: many runs trained as one
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
