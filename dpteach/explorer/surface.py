@@ -62,8 +62,8 @@ class SurfaceExplorer(LivePicture):
         self._start_settings = settings
         self.sigmas, self.norms = np.array(noise_multipliers, float), np.array(max_grad_norms, float)
         self._seeds = [(settings.seed or 0) + k for k in range(seeds)]
-        self.accuracies = np.full((len(self.norms), len(self.sigmas), seeds), np.nan)
-        self.epsilons, self._levels = np.full(len(self.sigmas), np.nan), {}
+        self.accuracies: np.ndarray = np.full((len(self.norms), len(self.sigmas), seeds), np.nan)
+        self.epsilons, self._levels = np.full(len(self.sigmas), np.nan), dict[int, float]()
         self._trained: Any = None
         limits = {
             **RANGES,
@@ -100,8 +100,8 @@ class SurfaceExplorer(LivePicture):
         rows = np.nan_to_num(means).argmax(0)
         found = []
         for k, row in enumerate(rows):
-            change = {"noise_multiplier": float(self.sigmas[k]), "max_grad_norm": float(self.norms[row])}
-            settings = dataclasses.replace(self.settings, **change)
+            sigma, C = float(self.sigmas[k]), float(self.norms[row])
+            settings = dataclasses.replace(self.settings, noise_multiplier=sigma, max_grad_norm=C)
             found.append((float(self.epsilons[k]), settings, float(means[row, k]), float(sds[row, k])))
         return found
 
@@ -117,11 +117,9 @@ class SurfaceExplorer(LivePicture):
         return f"The cell below the cross, {at}: {100 * mean:.0f} ± {100 * sd:.0f} %; {cost}."
 
     def _cell(self) -> tuple[int, int]:
-        values = self.values
-        return tuple(
-            int(np.abs(np.log(ends / values[name])).argmin())
-            for ends, name in ((self.norms, "max_grad_norm"), (self.sigmas, "noise_multiplier"))
-        )
+        """The row and the column below the cross."""
+        C, sigma = self.values["max_grad_norm"], self.values["noise_multiplier"]
+        return int(np.abs(np.log(self.norms / C)).argmin()), int(np.abs(np.log(self.sigmas / sigma)).argmin())
 
     def _sds(self) -> np.ndarray:
         seeds = self.accuracies.shape[2]
