@@ -220,6 +220,17 @@ def test_the_levels_stand_where_a_run_costs_that_much(surface):
         assert spent == pytest.approx(float(name.removeprefix("ε ")), rel=2e-3)
 
 
+def test_a_surface_that_another_one_stops_shows_its_axes_and_starts_again():
+    cells = {"noise_multipliers": (1, 2), "max_grad_norms": (0.1, 1)}
+    stopped = SurfaceExplorer(MOONS, make_model, replace(SMALL, epochs=100), test_data=UNSEEN, **cells)
+    other = SurfaceExplorer(MOONS, make_model, SMALL, test_data=UNSEEN, **cells)
+    other.wait(60)
+    assert stopped.status.startswith("Stopped") and stopped._picture.value.count("<svg") == 2
+    stopped.controls["epochs"].value = 2
+    stopped.wait(60)
+    assert np.isfinite(stopped.accuracies).all()
+
+
 def test_what_goes_wrong_is_said_in_the_status_line(surface):
     surface._make_model = lambda settings: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     surface.start()

@@ -79,6 +79,7 @@ class SurfaceExplorer(LivePicture):
         stop = button("Stop", "stop", "Stop training", lambda: self._halt("Stopped. Press Start to train again."))
         left = [*self.controls.values(), in_a_row(start, stop)]
         self.widget = accessible_box([two_columns(left, [self._status_line, self._picture]), self._spoken])
+        self._picture.value = svg(self._panels())  # empty, but there: another explorer may stop the first training
         self.start()
 
     def start(self) -> None:
