@@ -9,8 +9,8 @@ The rooms, from the ground up (each imports only from those before it):
 - ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
 - ``stack``: many runs trained as one
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
-- ``attacks``, ``speed``, ``experiments``: membership inference; how long a private step
-  takes; runs too long for a notebook, stored
+- ``attacks``, ``audit``, ``speed``, ``experiments``: members found and images reconstructed; a lower bound on ε by
+  experiment; how long a private step takes; runs too long for a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
 - ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
 
@@ -35,7 +35,19 @@ _NAMES = {
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
 _ROOMS = sorted(
-    {*_NAMES, "attacks", "exercises", "experiments", "features", "flower", "guards", "models", "optim", "plots"}
+    {
+        *_NAMES,
+        "attacks",
+        "audit",
+        "exercises",
+        "experiments",
+        "features",
+        "flower",
+        "guards",
+        "models",
+        "optim",
+        "plots",
+    }
 )
 
 __all__ = ["__version__", *_HOME, *_ROOMS]

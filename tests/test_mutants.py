@@ -40,6 +40,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "…D(model.parameters(), lr=0.05) -> …D(model.parameters())": "the learning rate has a default",
     },
     "6.1": {"0 -> -1": "the last model has the names of the first"},
+    "8.2": {
+        "references - mean -> mean - references": "it is squared",
+        "…()).log_prob(target) -> …()).log_prob(target) + 1": "the same on both sides: the difference has none of it",
+    },
 }
 
 

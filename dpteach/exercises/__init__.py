@@ -5,8 +5,17 @@ from typing import Any
 
 from dpteach.exercises.core import Exercise, Verdict, examine
 
-_NOTEBOOKS = {"1": "loop", "2": "clipping", "3": "noise", "4": "budget", "5": "opacus", "6": "federated", "7": "flower"}
-_NOTEBOOKS["9"] = "accuracy"
+_NOTEBOOKS = {
+    "1": "loop",
+    "2": "clipping",
+    "3": "noise",
+    "4": "budget",
+    "5": "opacus",
+    "6": "federated",
+    "7": "flower",
+    "8": "attacks",
+    "9": "accuracy",
+}
 
 
 class Text(str):
