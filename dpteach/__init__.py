@@ -4,8 +4,8 @@ The rooms, from the ground up (each imports only from those before it):
 
 - ``settings``, ``randomness``, ``guards``, ``bookkeeping``, ``perceptrons``, ``optim``: what a run is made of, random
   numbers, what a model must be, quick sums of clipped gradients, what takes the step
-- ``data``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what to train, the four moves of
-  DP-SGD, ε, and a file that keeps count
+- ``data``, ``features``, ``models``, ``mechanism``, ``accounting``, ``ledger``: what to train on, what of it to look
+  at, what to train, the four moves of DP-SGD, ε, and a file that keeps count
 - ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
 - ``stack``: many runs trained as one
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
@@ -31,11 +31,23 @@ _NAMES = {
     "training": "Step train",
     "stack": "StackStep train_many",
     "federated": "Worker federated_average train_rounds",
-    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene scenes",
+    "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene SurfaceExplorer scenes",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
 _ROOMS = sorted(
-    {*_NAMES, "attacks", "audit", "exercises", "experiments", "flower", "guards", "models", "optim", "plots"}
+    {
+        *_NAMES,
+        "attacks",
+        "audit",
+        "exercises",
+        "experiments",
+        "features",
+        "flower",
+        "guards",
+        "models",
+        "optim",
+        "plots",
+    }
 )
 
 __all__ = ["__version__", *_HOME, *_ROOMS]

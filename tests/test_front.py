@@ -47,7 +47,7 @@ def test_every_link_and_picture_leads_somewhere(page):
 
 
 def test_the_readme_is_read_in_a_minute_and_its_picture_is_soon_there():
-    assert len(text("README.md").splitlines()) <= 80
+    assert len([line for line in text("README.md").splitlines() if not line.startswith("|")]) <= 72  # beside its table
     pictures = [ROOT / name for name in re.findall(r"!\[[^\]]+\]\((\.github/[^)]+)\)", text("README.md"))]
     assert [p.name for p in pictures if p.stat().st_size > 3_000_000] == [] and pictures
 

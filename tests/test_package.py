@@ -30,6 +30,7 @@ FLOORS = {
     "settings": 0.5,
     "data": 1,
     "models": 1,
+    "features": 1,
     "mechanism": 1,
     "accounting": 1,
     "ledger": 1.5,

@@ -14,6 +14,7 @@ _NOTEBOOKS = {
     "6": "federated",
     "7": "flower",
     "8": "attacks",
+    "9": "accuracy",
 }
 
 

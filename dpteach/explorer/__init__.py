@@ -18,6 +18,8 @@ from dpteach.explorer.federated import FederatedExplorer
 from dpteach.explorer.live import Viewer
 from dpteach.explorer.playground import Playground
 from dpteach.explorer.scenes import Scene, scenes
+from dpteach.explorer.surface import SurfaceExplorer
 from dpteach.explorer.training import Kept, Run
 
-__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Kept", "Playground", "Range", "Run", "Scene", "Viewer", "scenes"]
+__all__ = ["RANGES", "Explorer", "FederatedExplorer", "Kept", "Playground", "Range", "Run", "Scene", "SurfaceExplorer"]
+__all__ += ["Viewer", "scenes"]

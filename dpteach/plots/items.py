@@ -308,6 +308,49 @@ class Mark(Item):
             canvas.line(np.array(way), self.colour, 1.8, self.dash)
 
 
+@dataclass(frozen=True)
+class Heat(Item):
+    """A table of shares, a cell each: the fuller its colour the larger, and the number in percent on it.
+
+    Args:
+        xs, ys: (k,) and (m,), the cells' middles, ascending; a border lies half way between two, on the axis as drawn.
+        values: (m, k), each in [0, 1]; NaN for a cell that is not known yet.
+        low, high: the shares that are palest and fullest.
+    """
+
+    xs: Values
+    ys: Values
+    values: np.ndarray
+    low: float = 0.5
+    high: float = 1.0
+    role: str = "private"
+    label: str = ""
+
+    def opacity(self, value: float) -> float:
+        """Of a cell's colour; text in the page's own colour stays readable on the fullest."""
+        return 0.02 + 0.6 * min(max((value - self.low) / (self.high - self.low), 0), 1) ** 3
+
+    def draw(self, canvas, axes) -> None:
+        columns, rows = _borders(axes.x(self.xs)), _borders(axes.y(self.ys))
+        for y0, y1, row in zip(rows, rows[1:], np.asarray(self.values)):
+            for x0, x1, value in zip(columns, columns[1:], row):
+                if math.isfinite(value):
+                    corners = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+                    canvas.area(np.array(corners), self.colour, round(self.opacity(value), 3))
+                    canvas.text((x0 + x1) / 2, (y0 + y1) / 2 + 3, f"{100 * value:.0f}", size=9, anchor="middle")
+
+
+@dataclass(frozen=True)
+class Level(Mark):
+    """An upright :class:`Mark` with its ``name`` at its head."""
+
+    name: str = ""
+
+    def draw(self, canvas, axes) -> None:
+        super().draw(canvas, axes)
+        canvas.text(axes.x([self.x])[0] + 3, axes.top + 10, self.name, size=9.5)
+
+
 def contour(xs: np.ndarray, ys: np.ndarray, z: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The line where ``z`` crosses ``level``: two arrays for a :class:`Line`, with a NaN between the pieces.
 
@@ -322,6 +365,12 @@ def contour(xs: np.ndarray, ys: np.ndarray, z: np.ndarray, level: float) -> tupl
     gap = np.full((1, 2), np.nan)
     joined = np.concatenate([part for piece in pieces for part in (piece, gap)]) if pieces else gap
     return joined[:, 0], joined[:, 1]
+
+
+def _borders(middles: np.ndarray) -> np.ndarray:
+    """Half way between each two, and as far outside of the first and the last; of one alone, ten pixels off."""
+    steps = np.diff(middles) / 2 if len(middles) > 1 else np.array([10.0])
+    return np.append(middles - np.append(steps[:1], steps)[: len(middles)], middles[-1] + steps[-1])
 
 
 def _rgb(colour: str) -> list[int]:
