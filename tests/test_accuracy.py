@@ -12,7 +12,18 @@ import pytest
 import torch
 from test_colours import PAGES, SEEN_BY, ciede2000, cielab, contrast, linear
 
-from dpteach import Settings, SurfaceExplorer, experiments, features, load_mnist, models, plots, train, two_moons
+from dpteach import (
+    Explorer,
+    Settings,
+    SurfaceExplorer,
+    experiments,
+    features,
+    load_mnist,
+    models,
+    plots,
+    train,
+    two_moons,
+)
 from dpteach.accounting import epsilon
 from dpteach.exercises import check
 from dpteach.exercises.accuracy import START
@@ -202,6 +213,23 @@ def test_the_cross_moves_without_a_new_training_and_gives_its_cell(surface):
     surface.wait(60)
     assert surface.accuracies is before and "σ = 4, C = 0.1" in surface.status
     assert surface.settings == replace(SMALL, noise_multiplier=4.0, max_grad_norm=0.1)
+
+
+def test_beside_a_surface_an_explorer_answers_before_it_trains(surface):
+    explorer = Explorer(MOONS, models.mlp, SMALL, test_data=UNSEEN, baseline=False, surface=surface)
+    explorer.wait(60)
+    for sigma, column in ((1.2, 0), (3.5, 2)):
+        plan = explorer._new_run({**explorer.values, "noise_multiplier": sigma, "max_grad_norm": 1.0})
+        mean = surface.accuracies.mean(2)[1, column]
+        assert f"<b>{mean:.0%}</b><p>expected" in explorer._numbers_of(plan)
+        trade_off = explorer._panels_of(explorer.run, plan)[0]
+        asked = [item for item in trade_off.items if getattr(item, "names", None) == "?"]
+        assert [item.ys for item in asked] == [[mean]] and asked[0].xs[0] == pytest.approx(plan.bound["worker"])
+    cloud = next(item for item in trade_off.items if getattr(item, "ghost", False) and len(item.xs) == 12)
+    assert sorted(cloud.ys) == sorted(surface.accuracies.ravel())
+    for other in ({"epochs": 8}, {"noise_multiplier": 9.0}, {"max_grad_norm": 0.01}):  # not in the surface
+        assert explorer._expected(explorer._new_run({**explorer.values, **other})) is None
+    explorer._halt()
 
 
 def test_another_slider_trains_every_cell_again(surface):

@@ -20,6 +20,7 @@ from dpteach.data import Data
 from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, number_text
 from dpteach.explorer.explain import explain
 from dpteach.explorer.script import opacus_script
+from dpteach.explorer.surface import SurfaceExplorer
 from dpteach.explorer.training import (
     EPSILONS,
     Curve,
@@ -69,6 +70,8 @@ class Explorer(LiveTraining):
         test_data: records for the accuracy; without them it is that on (up to 1,000 of) the training records, and says
             so.
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
+        surface: a :class:`SurfaceExplorer` on the same records: its runs lie behind the trade-off, and while a slider
+            moves, the accuracy of its nearest cell is said at once.
         challenge: an ε and an accuracy to reach: ``(2.0, 0.9)``. Tries are counted, with what they cost together.
 
     Attributes:
@@ -98,8 +101,9 @@ class Explorer(LiveTraining):
         test_data: Data | None = None,
         ranges: dict[str, Range] | None = None,
         challenge: tuple[float, float] | None = None,
+        surface: SurfaceExplorer | None = None,
     ):
-        self._challenge, self._tries = challenge, Ledger()
+        self._challenge, self._tries, self._surface = challenge, Ledger(), surface
         self._data, self._start_settings = data, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._private = method != "sgd"
@@ -338,14 +342,18 @@ class Explorer(LiveTraining):
         reached = (self._boundary_panel if self._plane else self._digits_panel if images else self._accuracy_panel)(run)
         panels = [reached, self._loss_panel(run)]
         if self._private:
-            goal = [] if self._challenge is None else [_goal(*self._challenge)]
-            panels = [self._trade_off_panel(run, plan, *goal), *panels, self._budget_panel(run, plan)]
+            behind: list[Item] = [] if self._challenge is None else [_goal(*self._challenge)]
+            behind += [] if self._surface is None else [dataclasses.replace(self._surface.cloud, label="")]
+            panels = [self._trade_off_panel(run, plan, *behind), *panels, self._budget_panel(run, plan)]
         s = plan.settings
         setting = f"Learning rate {number_text(s.lr)}"
         if self._private:
             setting = f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}"
         panels[0] = dataclasses.replace(panels[0], alt=f"{setting}, {s.epochs} epochs. {panels[0].alt}")
         return panels
+
+    def _expected(self, run: Run) -> float | None:
+        return None if self._surface is None else self._surface.expected(run.settings)
 
     def _curves(self, run: Run, curve_of: Callable[[Run], Any], label: str) -> list[Line]:
         """A curve of the run, and below it the one of the run without privacy."""

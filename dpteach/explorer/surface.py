@@ -95,6 +95,22 @@ class SurfaceExplorer(LivePicture):
         values |= {"noise_multiplier": float(self.sigmas[column]), "max_grad_norm": float(self.norms[row])}
         return dataclasses.replace(self._start_settings, **values)
 
+    def expected(self, settings: Settings) -> float | None:
+        """The mean accuracy of the cell nearest to these settings; None where the surface has trained no such cell."""
+        given = {name: getattr(settings, name) for name in self.controls}
+        if self._trained != {name: value for name, value in given.items() if name not in _CROSS}:
+            return None
+        (left, right), (low, high) = _ends(self.sigmas), _ends(self.norms)
+        if not (left <= settings.noise_multiplier <= right and low <= settings.max_grad_norm <= high):
+            return None
+        return float(self.accuracies.mean(2)[self._cell(given)])
+
+    @property
+    def cloud(self) -> Points:
+        """Every run of the surface, to lie behind other runs: accuracy by ε (RDP)."""
+        every = np.broadcast_to(self.epsilons[None, :, None], self.accuracies.shape)
+        return Points(every.ravel(), self.accuracies.ravel(), "non-private", "every run", ghost=True)
+
     def best(self) -> list[tuple[float, Settings, float, float]]:
         """By column: ε, the settings of its best cell, and the mean and the standard deviation of its accuracies."""
         means, sds = self.accuracies.mean(2), self._sds()
@@ -117,9 +133,9 @@ class SurfaceExplorer(LivePicture):
         cost = f"ε ≤ {short(float(self.epsilons[column]))} for one run"
         return f"The cell below the cross, {at}: {100 * mean:.0f} ± {100 * sd:.0f} %; {cost}."
 
-    def _cell(self) -> tuple[int, int]:
-        """The row and the column below the cross."""
-        C, sigma = self.values["max_grad_norm"], self.values["noise_multiplier"]
+    def _cell(self, values: dict[str, Any] | None = None) -> tuple[int, int]:
+        """The row and the column below the cross, or of other values."""
+        C, sigma = ((values or self.values)[name] for name in ("max_grad_norm", "noise_multiplier"))
         return int(np.abs(np.log(self.norms / C)).argmin()), int(np.abs(np.log(self.sigmas / sigma)).argmin())
 
     def _sds(self) -> np.ndarray:
@@ -190,7 +206,7 @@ class SurfaceExplorer(LivePicture):
         row, column = self._cell()
         here = Points(every[row, column], self.accuracies[row, column], "attacker", "sliders", cross=True)
         items = [
-            Points(every.ravel(), self.accuracies.ravel(), "non-private", "every run", ghost=True),
+            self.cloud,
             Band(es, means - sds, means + sds, "budget"),
             Line(es, means, "budget", "best C, ± one sd"),
             here,

@@ -372,6 +372,10 @@ class LiveTraining(LivePicture):
             self.controls[name].value = values[name]
         self._back.value = 0  # what was chosen can be chosen again
 
+    def _expected(self, run: Run) -> float | None:
+        """The accuracy that a run of these settings has reached elsewhere, where that is known."""
+        return None
+
     def _curves_of(self, run: Run) -> list[list[tuple[Curve, str]]]:
         """The run's curves of loss, of ε and of accuracy, each with its role."""
         raise NotImplementedError
@@ -397,6 +401,8 @@ class LiveTraining(LivePicture):
             names, tips = ([str(k.number) for k in some], [str(k) for k in some]) if named else ([], [])
             at = [_on_axis(k.epsilon) for k in some], [k.accuracy for k in some]
             items.append(Points(*at, "private", names=names, tips=tips))
+        if plan is not run and (expected := self._expected(plan)) is not None:
+            items.append(Points([_on_axis(bound)], [expected], "private", names="?"))
         spent = [curve.ys[-1] for curve in run.epsilons.values() if curve.ys]
         if spent and run.accuracy is not None and not run.complete and plan is run:
             items.append(Points([_on_axis(max(spent))], [run.accuracy], "private", names="…"))
@@ -421,7 +427,9 @@ class LiveTraining(LivePicture):
         if accuracy is not None and without is not None:
             beside = f"{points(round(accuracy, 2) - round(without, 2))} than without privacy ({without:.0%})."
             beside = beside.replace("as much than", "as much as")
-        if accuracy is None and was and was[0] is not None:  # nothing goes blank
+        if accuracy is None and (expected := self._expected(run)) is not None:
+            accuracy, beside = expected, "expected: the mean of the nearest cell of the surface"
+        elif accuracy is None and was and was[0] is not None:  # nothing goes blank
             accuracy, beside = was[0], "by the run before; this one has none yet"
         known = "" if accuracy is None else f"{accuracy:.0%}"
         delta = number_text(run.settings.target_delta)
