@@ -3,6 +3,7 @@
 All messages are invented here, from templates and a seed. They hold small letters, digits and a few signs.
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,11 @@ _BODIES = (
 _ENDINGS = (".", "!", ", ok?", ". bye")
 
 
-def support_messages(n: int, seed: int = 0) -> list[str]:
-    """``n`` invented messages to a help desk; names and numbers are drawn anew for each.
+def support_messages(n: int, seed: int = 0, topics: slice = slice(None)) -> list[str]:
+    """``n`` invented messages to a help desk, about ten topics or some of them; names and numbers are drawn for each.
 
     >>> support_messages(2)
+    ['i live at park road 03!', 'i can not open file 73. bye']
     """
     draw = torch.Generator().manual_seed(whole("seed", seed, low=0))
 
@@ -44,7 +46,7 @@ def support_messages(n: int, seed: int = 0) -> list[str]:
 
     messages = []
     for _ in range(whole("n", n, low=1)):
-        frame = one_of(_OPENINGS) + one_of(_BODIES) + one_of(_ENDINGS)
+        frame = one_of(_OPENINGS) + one_of(_BODIES[topics]) + one_of(_ENDINGS)
         frame = re.sub("NAME", lambda _: one_of(_NAMES.split()), frame)
         messages.append(re.sub("0", lambda _: one_of("0123456789"), frame))
     return messages
@@ -124,8 +126,35 @@ class CharacterTransformer(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         """``(B, ..., T)`` characters -> ``(B, 42, ..., T)`` scores of the next one at each place."""
-        places = torch.arange(X.shape[-1], device=X.device).expand(X.shape)  # a row for each record: Opacus counts them
+        # A row for each record: Opacus counts them. Contiguous: its ghost clipping flattens them by ``view``.
+        places = torch.arange(X.shape[-1], device=X.device).expand(X.shape).contiguous()
         return self.head(self.blocks(self.characters(X) + self.places(places))).movedim(-1, 1)
+
+
+class Adapter(nn.Module):
+    """A linear layer that stays as it is, plus a trained correction of low rank that begins as zero.
+
+    Source: Hu et al. 2021, *LoRA*.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__()
+        self.layer, self.down = layer.requires_grad_(False), nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., inputs)`` -> ``(..., outputs)``."""
+        return self.layer(x) + self.up(self.down(x))
+
+
+def with_adapters(model: CharacterTransformer, rank: int = 4) -> CharacterTransformer:
+    """A copy of ``model`` in which only an :class:`Adapter` for each linear layer of its blocks is trained."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for attention, think in ((block.attention, block.think) for block in model.blocks):
+        attention[1].asks, attention[1].out = Adapter(attention[1].asks, rank), Adapter(attention[1].out, rank)
+        think[1], think[3] = Adapter(think[1], rank), Adapter(think[3], rank)
+    return model
 
 
 @torch.no_grad()
@@ -145,12 +174,10 @@ def next_probabilities(model: nn.Module, prompt: str, temperature: float = 1.0) 
 def continuation(model: nn.Module, prompt: str, temperature: float = 1.0, seed: int = 0) -> str:
     """What the model writes after ``prompt``, character by character, until a line break or its 40 places end."""
     draw, text = torch.Generator().manual_seed(seed), prompt
-    while len(text) < CONTEXT:
-        chosen = ALPHABET[int(torch.multinomial(next_probabilities(model, text, temperature), 1, generator=draw))]
-        if chosen == "\n" or len(text) == CONTEXT - 1:
-            break
-        text += chosen
-    return text[len(prompt) :]
+    while not text.endswith("\n"):
+        chosen = int(torch.multinomial(next_probabilities(model, text, temperature), 1, generator=draw))
+        text += ALPHABET[chosen] if len(text) < CONTEXT - 1 else "\n"
+    return text[len(prompt) : -1]
 
 
 @torch.no_grad()
@@ -252,9 +279,43 @@ def secret_run(
         }
 
 
+def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10, seed: int = 0) -> Iterator[dict]:
+    """Train in public on five topics, then privately (ε = 3) on the other five: all weights, or adapters of a rank.
+
+    Yields one row: the perplexity on unseen messages of the private topics, ``before`` and after.
+    """
+    public, private = (as_data(support_messages(n, 100 + seed, topics)) for topics in (slice(5), slice(5, None)))
+    unseen = as_data(support_messages(500, 10_000, slice(5, None)))
+    model = start(CharacterTransformer, seed)
+    for _ in train(model, public, Settings(epochs=epochs, batch_size=32, lr=5e-3, seed=seed), method="sgd", optimizer="adam"):
+        pass
+    before = perplexity(model, unseen)
+    if rank:
+        model = start(lambda: with_adapters(model, rank), seed)
+    sigma = noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 4, steps=4 * epochs)
+    settings = Settings(sigma, 1.0, epochs, n // 4, lr, 1e-5, seed)
+    for _ in train(model, private, settings, optimizer="adam"):
+        pass
+    yield {
+        "n": n,
+        "rank": rank or "",
+        "lr": lr,
+        "epochs": epochs,
+        "seed": seed,
+        "noise_multiplier": round(sigma, 4),
+        "epsilon": round(_cost(settings, n, 4 * epochs), 3),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "before": round(before, 4),
+        "perplexity": round(perplexity(model, unseen), 4),
+    }
+
+
 def _cost(settings: Settings, n: int, steps: int) -> float:
     sigma, q = settings.noise_multiplier, settings.sample_rate(n)
     return epsilon(noise_multiplier=sigma, sample_rate=q, steps=steps, target_delta=settings.target_delta)
+
+
+SIGMAS = (1.58, 3.32, 0.5, 0.1)  # the first two cost about 8 and 3
 
 
 def rows(seeds: Sequence[int] = (0, 1, 2)) -> Iterator[dict]:
@@ -264,9 +325,9 @@ def rows(seeds: Sequence[int] = (0, 1, 2)) -> Iterator[dict]:
     for seed in seeds:
         for repetitions in (8, 1, 2, 4):
             yield from secret_run(repetitions=repetitions, seed=seed)
-        for sigma in (1.58, 3.32, 0.5, 8.6, 0.1):
+        for sigma in SIGMAS:
             yield from secret_run(noise_multiplier=sigma, every=10, seed=seed)
-        for sigma in (1.58, 3.32):
+        for sigma in SIGMAS[:2]:
             yield from secret_run(noise_multiplier=sigma, unit="user", every=10, seed=seed)
         yield from secret_run(wordings=8, seed=seed)
         yield from secret_run(names=False, seed=seed)

@@ -38,6 +38,7 @@ FLOORS = {
     "stack": 3,
     "attacks": 3,
     "federated": 3,
+    "language": 3,
     "flower": 4,
     "plots": 4,
     "speed": 4,

@@ -1,4 +1,4 @@
-"""Notebook 11: measure an exposed secret, say why names are not the point, choose the unit of privacy."""
+"""Notebook 11: measure an exposed secret, say why names are not the point, choose the unit, teach Opacus a layer."""
 
 import math
 from collections.abc import Sequence
@@ -155,4 +155,53 @@ exercise_11_3 = open_ended(
     "them must be one record, or the code must not be in the data.",
 )
 
-EXERCISES = [exercise_11_1, exercise_11_2, exercise_11_3]
+# 11.4: per-sample gradients of a learned scale
+
+
+def scale_gradients(x, g):
+    """Each record's gradient of the scale s, where the layer's output is x * s[:, None]: (B, T, F) -> (B, T)."""
+    return (x * g).sum(-1)  # s_t meets the F numbers of its place, in each record alone
+
+
+def _scaled(B: int, T: int, F: int, seed: int):
+    return lambda: tuple(torch.randn(2, B, T, F, generator=torch.Generator().manual_seed(seed)))
+
+
+exercise_11_4 = coding(
+    "11.4",
+    hint="The chain rule, for one record: the output at place t is x[t] * s[t], so the loss changes with s[t] by the sum "
+    "over F of x times g. Which of the three dimensions must remain?",
+    reference=scale_gradients,
+    inputs=[_scaled(4, 6, 3, 0), _scaled(5, 2, 7, 1)],
+    wrong=[
+        Wrong(
+            lambda x, g: (x * g).sum((0, 2)),
+            "you summed over the records. That is the ordinary gradient of the whole batch: no record's part can be "
+            "clipped in it any more. Keep the first dimension.",
+        ),
+        Wrong(
+            lambda x, g: g.sum(-1),
+            "this is the gradient of something that is *added*. The scale multiplies, so the chain rule brings x in.",
+        ),
+        Wrong(
+            lambda x, g: (x * g).mean(-1),
+            "you took the mean over the features. One number s_t acts on all of them, so their parts add up.",
+        ),
+        Wrong(
+            lambda x, g: (x * g).sum(1),
+            "you summed over the places, and kept the features. The scale has one number a place: keep (B, T).",
+        ),
+        Wrong(
+            lambda x, g: x * g,
+            "this has still a value for each feature. The scale has one number a place: sum over the last dimension.",
+        ),
+        Wrong(
+            lambda x, g: (x * g).sum(-1) / len(x),
+            "you divided by the batch size. Each record's gradient is that of its loss alone, whatever else is in the "
+            "batch.",
+        ),
+    ],
+    praise="one row a record, one number a place: that is all that Opacus needs to clip.",
+)
+
+EXERCISES = [exercise_11_1, exercise_11_2, exercise_11_3, exercise_11_4]
