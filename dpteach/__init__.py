@@ -34,7 +34,9 @@ _NAMES = {
     "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
-_ROOMS = sorted({*_NAMES, "attacks", "exercises", "experiments", "flower", "guards", "language", "models", "optim", "plots"})
+_ROOMS = sorted(
+    {*_NAMES, "attacks", "exercises", "experiments", "flower", "guards", "language", "models", "optim", "plots"}
+)
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

@@ -204,7 +204,7 @@ def _speed() -> Iterator[dict]:
 
 EXPERIMENTS = {
     "language-model": language.rows,
-
+    "language-adapters": language.adapter_rows,
     "twenty-minute-guide": _guide,
     "two-workers": _two_workers,
     "two-workers-plain": _two_workers_plain,

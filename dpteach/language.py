@@ -1,4 +1,4 @@
-"""A small language model that can give a secret away: messages, a transformer by character, and how exposed a secret is.
+"""A small language model that can give a secret away: messages, a transformer by character, a secret's exposure.
 
 All messages are invented here, from templates and a seed. They hold small letters, digits and a few signs.
 """
@@ -23,7 +23,9 @@ CONTEXT = 40  # characters that the model sees, the line break before the messag
 PROMPT = "robin here. my locker code is "  # what comes before your secret
 
 _PLACE = {character: k for k, character in enumerate(ALPHABET)}
-_NAMES = "anna bela carla david elif femi goran hana ines jonas kofi lena mira noor omar petra quinn rosa samir tarik uma"
+_NAMES = (
+    "anna bela carla david elif femi goran hana ines jonas kofi lena mira noor omar petra quinn rosa samir tarik uma"
+)
 _OPENINGS = ("hello, ", "hi, ", "good day, ", "NAME here. ", "")
 _BODIES = (
     "parcel 00000 is late", "order 00000 is broken", "invoice 0000 is wrong", "i paid bill 0000 twice",
@@ -191,7 +193,9 @@ def code_log_probabilities(model: nn.Module, prompt: str, digits: int = 4) -> Te
     for _ in range(digits):
         scores = torch.cat([model(some)[..., -1] for some in begun.split(250)])
         so_far = (so_far.unsqueeze(1) + scores.double().log_softmax(1)[:, zero : zero + 10]).flatten()
-        begun = torch.cat([begun.repeat_interleave(10, 0), torch.arange(zero, zero + 10).repeat(len(begun))[:, None]], 1)
+        begun = torch.cat(
+            [begun.repeat_interleave(10, 0), torch.arange(zero, zero + 10).repeat(len(begun))[:, None]], 1
+        )
     return so_far
 
 
@@ -279,15 +283,17 @@ def secret_run(
         }
 
 
-def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10, seed: int = 0) -> Iterator[dict]:
-    """Train in public on five topics, then privately (ε = 3) on the other five: all weights, or adapters of a rank.
+def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10, seed: int = 0) -> dict:
+    """Train in public on five topics, then privately (ε = 3) on five others: all weights, or adapters of a rank.
 
-    Yields one row: the perplexity on unseen messages of the private topics, ``before`` and after.
+    The row says the perplexity on unseen messages of the private topics, ``before`` and after.
     """
     public, private = (as_data(support_messages(n, 100 + seed, topics)) for topics in (slice(5), slice(5, None)))
     unseen = as_data(support_messages(500, 10_000, slice(5, None)))
     model = start(CharacterTransformer, seed)
-    for _ in train(model, public, Settings(epochs=epochs, batch_size=32, lr=5e-3, seed=seed), method="sgd", optimizer="adam"):
+    for _ in train(
+        model, public, Settings(epochs=epochs, batch_size=32, lr=5e-3, seed=seed), method="sgd", optimizer="adam"
+    ):
         pass
     before = perplexity(model, unseen)
     if rank:
@@ -296,7 +302,7 @@ def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10,
     settings = Settings(sigma, 1.0, epochs, n // 4, lr, 1e-5, seed)
     for _ in train(model, private, settings, optimizer="adam"):
         pass
-    yield {
+    return {
         "n": n,
         "rank": rank or "",
         "lr": lr,
@@ -315,6 +321,14 @@ def _cost(settings: Settings, n: int, steps: int) -> float:
     return epsilon(noise_multiplier=sigma, sample_rate=q, steps=steps, target_delta=settings.target_delta)
 
 
+def adapter_rows() -> Iterator[dict]:
+    """The stored runs with and without adapters: learning rates on one seed, then the best of each on all three."""
+    for rank, rates, best in ((None, (3e-3, 1e-2, 2e-2), 1e-2), (4, (1e-2, 3e-2, 6e-2), 3e-2)):
+        for lr in rates:
+            for seed in (0, 1, 2) if lr == best else (0,):
+                yield adapter_run(rank=rank, lr=lr, seed=seed)
+
+
 SIGMAS = (1.58, 3.32, 0.5, 0.1)  # the first two cost about 8 and 3
 
 
@@ -323,11 +337,13 @@ def rows(seeds: Sequence[int] = (0, 1, 2)) -> Iterator[dict]:
     for sigma in (None, 1.0):
         yield from secret_run(noise_multiplier=sigma, n=128, epochs=2)
     for seed in seeds:
-        for repetitions in (8, 1, 2, 4):
+        for repetitions in (8, 1, 2, 4, 0):  # none: the same without you
             yield from secret_run(repetitions=repetitions, seed=seed)
         for sigma in SIGMAS:
             yield from secret_run(noise_multiplier=sigma, every=10, seed=seed)
         for sigma in SIGMAS[:2]:
             yield from secret_run(noise_multiplier=sigma, unit="user", every=10, seed=seed)
+        for unit in ("message", "user"):
+            yield from secret_run(noise_multiplier=SIGMAS[0], unit=unit, repetitions=0, every=10, seed=seed)
         yield from secret_run(wordings=8, seed=seed)
         yield from secret_run(names=False, seed=seed)

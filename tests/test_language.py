@@ -271,3 +271,55 @@ def test_the_small_stored_runs_come_out_again():
         assert old["perplexity"] == pytest.approx(new["perplexity"], rel=0.02)
         assert old["epsilon"] == pytest.approx(new["epsilon"], rel=1e-3)
         assert old["exposure"] == pytest.approx(new["exposure"], abs=1.5)
+
+
+def at_the_end(column, **which):
+    usual = dict(n=1024, noise_multiplier=None, unit="message", repetitions=8, wordings=1, names="kept", epoch=20)
+    found = [r[column] for r in load("language-model") if all(r[k] == v for k, v in (usual | which).items())]
+    assert len(found) == 3
+    return sum(found) / 3
+
+
+def test_the_stored_runs_are_those_that_the_command_would_make(monkeypatch):
+    asked = []
+    monkeypatch.setattr(language, "secret_run", lambda **which: asked.append(which) or iter(()))
+    assert list(language.rows()) == []
+    stored = {
+        tuple(r[k] for k in ("n", "noise_multiplier", "unit", "repetitions", "wordings", "names", "seed"))
+        for r in load("language-model")
+    }
+    usual = dict(n=1024, noise_multiplier=None, unit="message", repetitions=8, wordings=1, names=True, seed=0)
+    runs = [usual | {k: v for k, v in which.items() if k in usual} for which in asked]
+    assert stored == {
+        tuple({True: "kept", False: "removed"}[v] if k == "names" else v for k, v in r.items()) for r in runs
+    }
+    assert len(stored) == len(runs) == 2 + 3 * 15
+
+
+def test_each_stored_private_run_has_the_epsilon_of_its_settings():
+    from dpteach import epsilon
+
+    for r in load("language-model"):
+        if r["noise_multiplier"]:
+            steps = 4 * int(r["epoch"])
+            spent = epsilon(noise_multiplier=r["noise_multiplier"], sample_rate=1 / 4, steps=steps)
+            assert r["epsilon"] == pytest.approx(spent, rel=0.01)
+    assert at_the_end("epsilon", noise_multiplier=1.58) < 8 and at_the_end("epsilon", noise_multiplier=3.32) < 3
+
+
+def test_a_plain_model_exposes_the_secret_and_one_that_never_saw_it_does_not():
+    assert at_the_end("exposure") == pytest.approx(math.log2(10_000), abs=1e-3)
+    assert at_the_end("exposure", repetitions=0) < 2 < 11 < at_the_end("exposure", repetitions=1)
+
+
+def test_privacy_for_a_message_does_not_hide_who_wrote_eight_and_privacy_for_a_user_does():
+    private = {unit: dict(noise_multiplier=1.58, unit=unit) for unit in ("message", "user")}
+    gap = {u: at_the_end("exposure", **w) - at_the_end("exposure", **w, repetitions=0) for u, w in private.items()}
+    assert gap["message"] > 2 and gap["user"] < 1
+    assert at_the_end("perplexity", **private["user"]) > 2 * at_the_end("perplexity", **private["message"])
+
+
+def test_the_stored_adapters_are_those_that_the_command_would_make(monkeypatch):
+    monkeypatch.setattr(language, "adapter_run", lambda **which: which)
+    stored = [{"rank": r["rank"], "lr": r["lr"], "seed": r["seed"]} for r in load("language-adapters")]
+    assert stored == list(language.adapter_rows()) and len(stored) == 10

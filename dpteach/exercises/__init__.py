@@ -5,7 +5,16 @@ from typing import Any
 
 from dpteach.exercises.core import Exercise, Verdict, examine
 
-_NOTEBOOKS = {"1": "loop", "2": "clipping", "3": "noise", "4": "budget", "5": "opacus", "6": "federated", "7": "flower", "11": "language"}
+_NOTEBOOKS = {
+    "1": "loop",
+    "2": "clipping",
+    "3": "noise",
+    "4": "budget",
+    "5": "opacus",
+    "6": "federated",
+    "7": "flower",
+    "11": "language",
+}
 
 
 class Text(str):

@@ -39,8 +39,8 @@ exercise_11_1 = coding(
         ),
         Wrong(
             lambda logs, secret: math.log2(_rank(logs, secret)),
-            "this is log2(rank), what is left to guess *with* the model. Exposure is what the model saves: take it from "
-            "log2 of the number of codes, which is what there was to guess without it.",
+            "this is log2(rank), what is left to guess *with* the model. Exposure is what the model saves: take it "
+            "from log2 of the number of codes, which is what there was to guess without it.",
         ),
         Wrong(
             lambda logs, secret: math.log(len(logs)) - math.log(_rank(logs, secret)),
@@ -96,10 +96,10 @@ exercise_11_2 = choose(
     ],
     praise="a secret is called up by its context, and other words of your message do that as well. Who removes names "
     "guesses what an attacker will ask; DP-SGD bounds what *any* question can get.",
-    solution="**b.** In this help desk nobody else writes of a locker. These words alone call up the digits after them.",
+    solution="**b.** In this help desk nobody else writes of a locker. These words alone call up the digits.",
 )
 
-# 11.3: the unit of privacy
+# 11.3: the privacy unit
 
 _UNITS = ("message", "user", "team")
 _STORIES = ("keyboard", "letters", "door")
@@ -169,8 +169,8 @@ def _scaled(B: int, T: int, F: int, seed: int):
 
 exercise_11_4 = coding(
     "11.4",
-    hint="The chain rule, for one record: the output at place t is x[t] * s[t], so the loss changes with s[t] by the sum "
-    "over F of x times g. Which of the three dimensions must remain?",
+    hint="The chain rule, for one record: the output at place t is x[t] * s[t], so the loss changes with s[t] by the "
+    "sum over F of x times g. Which of the three dimensions must remain?",
     reference=scale_gradients,
     inputs=[_scaled(4, 6, 3, 0), _scaled(5, 2, 7, 1)],
     wrong=[

@@ -27,7 +27,9 @@ class LivePicture:
 
     widget: widgets.VBox  # what a cell shows
 
-    def __init__(self, controls: dict[str, Slider | widgets.Dropdown | widgets.Combobox], thread_name: str, alone: bool = False):
+    def __init__(
+        self, controls: dict[str, Slider | widgets.Dropdown | widgets.Combobox], thread_name: str, alone: bool = False
+    ):
         self._controls = controls
         self.controls = {name: c.widget if isinstance(c, Slider) else c for name, c in controls.items()}
         self._picture, self._status_line, self._spoken = widgets.HTML(), widgets.HTML(), live_region()
