@@ -205,6 +205,7 @@ def test_a_private_run_trains_the_transformer_and_keeps_its_count(method):
     assert (parameters_to_vector(model.parameters()).detach() - start).abs().max() > 0.005
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_ghost_clipping_and_hooks_of_opacus_find_our_gradients():
     from opacus import GradSampleModule
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
@@ -274,7 +275,15 @@ def test_the_small_stored_runs_come_out_again():
 
 
 def at_the_end(column, **which):
-    usual = dict(n=1024, noise_multiplier=None, unit="message", repetitions=8, wordings=1, names="kept", epoch=20)
+    usual = {
+        "n": 1024,
+        "noise_multiplier": None,
+        "unit": "message",
+        "repetitions": 8,
+        "wordings": 1,
+        "names": "kept",
+        "epoch": 20,
+    }
     found = [r[column] for r in load("language-model") if all(r[k] == v for k, v in (usual | which).items())]
     assert len(found) == 3
     return sum(found) / 3
@@ -288,7 +297,15 @@ def test_the_stored_runs_are_those_that_the_command_would_make(monkeypatch):
         tuple(r[k] for k in ("n", "noise_multiplier", "unit", "repetitions", "wordings", "names", "seed"))
         for r in load("language-model")
     }
-    usual = dict(n=1024, noise_multiplier=None, unit="message", repetitions=8, wordings=1, names=True, seed=0)
+    usual = {
+        "n": 1024,
+        "noise_multiplier": None,
+        "unit": "message",
+        "repetitions": 8,
+        "wordings": 1,
+        "names": True,
+        "seed": 0,
+    }
     runs = [usual | {k: v for k, v in which.items() if k in usual} for which in asked]
     assert stored == {
         tuple({True: "kept", False: "removed"}[v] if k == "names" else v for k, v in r.items()) for r in runs
@@ -313,7 +330,7 @@ def test_a_plain_model_exposes_the_secret_and_one_that_never_saw_it_does_not():
 
 
 def test_privacy_for_a_message_does_not_hide_who_wrote_eight_and_privacy_for_a_user_does():
-    private = {unit: dict(noise_multiplier=1.58, unit=unit) for unit in ("message", "user")}
+    private = {unit: {"noise_multiplier": 1.58, "unit": unit} for unit in ("message", "user")}
     gap = {u: at_the_end("exposure", **w) - at_the_end("exposure", **w, repetitions=0) for u, w in private.items()}
     assert gap["message"] > 2 and gap["user"] < 1
     assert at_the_end("perplexity", **private["user"]) > 2 * at_the_end("perplexity", **private["message"])
