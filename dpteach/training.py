@@ -178,7 +178,10 @@ def sgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) 
 
 
 def dpsgd_steps(model: nn.Module, data: Data, settings: Settings, optimizer: Any) -> Generator[float, None, None]:
-    """DP-SGD, from the four moves of :mod:`dpteach.mechanism`. Yields each batch's loss, before its update."""
+    """DP-SGD, from the four moves of :mod:`dpteach.mechanism`. Yields each batch's loss, before its update.
+
+    The number of records, n, counts as public, as in Opacus: the sum is divided by n·q.
+    """
     n, C, q = len(data), settings.max_grad_norm, settings.sample_rate(len(data))
     steps = settings.epochs * settings.steps_per_epoch(n)
     sampling, noise = generators(settings.seed)

@@ -1,4 +1,6 @@
-"""Membership attacks: scores, ROC, AUC, and the wrong labels that make records easy to find."""
+"""Membership attacks: scores, reference models, ROC, AUC, what no attack can exceed, and the labels that help one."""
+
+import math
 
 import pytest
 import torch
@@ -6,9 +8,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from loops import in_one_test
-from scipy.stats import mannwhitneyu
+from scipy.stats import binomtest, mannwhitneyu, norm
+from verdicts import unexpected
 
-from dpteach.attacks import auc, margin_scores, membership_scores, mislabel, roc_curve, true_positive_rate_at
+from dpteach.accounting import epsilon
+from dpteach.attacks import (
+    auc,
+    lira_scores,
+    margin_scores,
+    membership_scores,
+    mislabel,
+    most_found,
+    report,
+    rmia_scores,
+    roc_curve,
+    true_positive_rate_at,
+)
 from dpteach.data import Data
 from dpteach.exercises import find
 from dpteach.models import mlp
@@ -167,6 +182,143 @@ def test_an_auc_of_one_half_can_hide_members_that_are_found_for_certain():
     assert true_positive_rate_at(members, non_members, false_positive_rate=0.0) == pytest.approx(0.01)
 
 
+def test_the_curve_and_the_area_are_those_of_scikit_learn_also_with_ties_and_infinities():
+    # scikit-learn 1.9.1, roc_curve(drop_intermediate=False) and roc_auc_score; it takes no infinity: ±1e9 stood for it.
+    members = [3, 3, 1, 0, math.inf, 2, math.inf, -1]
+    non_members = [3, 0, 0, -2, 1, math.inf, -math.inf]
+    false_positives, found = roc_curve(members, non_members)
+    torch.testing.assert_close(7 * false_positives, torch.tensor([0, 1, 2, 2, 3, 5, 5, 6, 7], dtype=torch.float64))
+    torch.testing.assert_close(8 * found, torch.tensor([0, 2, 4, 5, 6, 7, 8, 8, 8], dtype=torch.float64))
+    assert auc(members, non_members) == pytest.approx(0.6875, abs=1e-12)
+
+
+def reference_models(n=400, R=24, lead=2.0, seed=0):
+    """Scores of R + 1 models for n records of unlike difficulty; a model that saw a record has a lead on it."""
+    generator = torch.Generator().manual_seed(seed)
+    included = torch.rand(R + 1, n, generator=generator) < 0.5
+    noise = torch.randn(R + 1, n, generator=generator, dtype=torch.float64)
+    return 5 * torch.randn(n, generator=generator) + lead * included + noise, included
+
+
+def test_reference_models_find_members_that_a_threshold_on_the_score_does_not():
+    scores, included = reference_models()
+    plain = report(scores[0], included[0])
+    for attack in (lira_scores, rmia_scores):
+        better = report(attack(scores[0], scores[1:], included[1:]), included[0])
+        assert better["auc"] > plain["auc"] + 0.2 and better["found at 1 %"] > 4 * plain["found at 1 %"], attack
+    exact = norm.cdf(2 / math.sqrt(2))  # of two Gaussians that are 2 apart: nothing can be better
+    assert report(lira_scores(scores[0], scores[1:], included[1:]), included[0])["auc"] < exact + 0.02
+
+
+def test_an_attack_finds_nothing_where_no_model_saw_the_records():
+    scores, included = reference_models(n=4000, lead=0.0)
+    for attack in (lira_scores, rmia_scores):
+        found = report(attack(scores[0], scores[1:], included[1:]), included[0])
+        assert abs(found["auc"] - 0.5) < 0.03 and found["found at 1 %"] < 0.025, attack
+
+
+def test_lira_is_the_likelihood_ratio_of_two_gaussians_and_the_solution_of_exercise_8_2():
+    references = torch.tensor([[1.0, 5.0], [3.0, 7.0], [0.0, 1.0], [0.0, 3.0]])
+    included = torch.tensor([[True, True], [True, True], [False, False], [False, False]])
+    target = torch.tensor([2.0, 3.0])
+    high, low = 1.0, math.sqrt(0.5)  # one spread a side, for both records
+    expected = norm.logpdf([2, 3], [2, 6], high) - norm.logpdf([2, 3], [0, 2], low)
+    for answer in (lira_scores, find("8.2").reference):
+        got = answer(target.double(), references.double(), included)
+        torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_rmia_compares_with_models_of_both_kinds_and_does_not_tie_where_the_models_are_sure():
+    included = torch.tensor([[True], [True], [False], [False], [False], [False]])
+    references = torch.tensor([[2.0], [0.0], [-1.0], [-1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    p = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    mean = ((p(2) + p(0)) / 2 + p(-1)) / 2  # each side counts the same, whatever its number of models
+    assert rmia_scores([1.0], references, included).item() == pytest.approx(math.log(p(1) / mean))
+    sure = torch.full((4, 2), 600.0)
+    scores = rmia_scores([500.0, 600.0], sure, torch.tensor([[True], [True], [False], [False]]).expand(4, 2))
+    assert scores[0] < scores[1]
+
+
+def test_other_right_answers_to_exercise_8_2_pass_and_other_wrong_ones_do_not():
+    def written_out(target, references, included):
+        sides = []
+        for rows in (included, torch.logical_not(included)):
+            some = torch.where(rows, references, torch.nan)
+            mean = some.nanmean(dim=0)
+            variance = (some - mean).square().nanmean()
+            sides.append(-0.5 * (target - mean) ** 2 / variance - 0.5 * variance.log())
+        return sides[0] - sides[1]
+
+    def one_mean(target, references, included):
+        sides = [references[rows] for rows in (included, ~included)]
+        return sum(s * torch.distributions.Normal(r.mean(), r.std()).log_prob(target) for s, r in zip((1, -1), sides))
+
+    cases = [
+        ("8.2", written_out, True, "likelihood ratio"),
+        ("8.2", one_mean, False, "the values are not right"),
+        ("8.2", lambda *args: written_out(*args).float(), False, "float64"),
+    ]
+    assert unexpected(cases) == ""
+
+
+def test_a_report_has_the_numbers_at_few_false_positives_first_and_the_area_last():
+    scores, members = torch.cat([torch.arange(1000.0), torch.arange(1000.0) + 5.5]), torch.arange(2000) >= 1000
+    assert list(report(scores, members)) == ["found at 0.1 %", "found at 1 %", "accuracy", "auc"]
+    found = report(scores, members)
+    assert found["found at 0.1 %"] == pytest.approx(0.007) and found["found at 1 %"] == pytest.approx(0.016)
+    assert found["accuracy"] == pytest.approx((1 + 0.006) / 2) and found["auc"] > 0.5
+    assert report(scores.view(2, -1), members.view(2, -1)) == found
+
+
+@in_one_test("sigma, q, steps", [(1.0, 1.0, 1), (4.0, 1.0, 10), (0.7, 1.0, 1)])
+def test_the_limit_of_a_run_on_all_the_data_is_little_above_the_gaussian_trade_off_curve(sigma, q, steps):
+    rates = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    exact = torch.special.ndtr(torch.special.ndtri(rates) + math.sqrt(steps) / sigma)
+    limit = most_found(rates, noise_multiplier=sigma, sample_rate=q, steps=steps)
+    assert (limit >= exact - 1e-6).all() and (limit - exact).max() < 0.02
+
+
+def test_the_limit_is_nowhere_above_that_of_the_reported_epsilon_and_one_without_noise():
+    run = {"noise_multiplier": 1.1, "sample_rate": 0.1, "steps": 200}
+    rates = torch.tensor([0.0, 0.001, 0.1, 1.0])
+    limit = most_found(rates, **run)
+    assert (
+        (limit <= math.exp(epsilon(**run)) * rates + 1.1e-5).all() and limit[-1] == 1 and limit.dtype == torch.float64
+    )
+    assert most_found(rates, noise_multiplier=0.0, sample_rate=0.1, steps=200).tolist() == [1.0] * 4
+
+
+def test_no_attack_on_a_private_run_lies_beyond_its_trade_off_curve_and_one_on_a_run_without_noise_does():
+    """At 99.9 % confidence; the attacker knows the weights at which a record that stands alone adds its gradient."""
+    run, n = {"noise_multiplier": 2.0, "sample_rate": 0.5, "steps": 4}, 200
+    alone = Data(torch.eye(n), torch.zeros(n, dtype=torch.int64))
+
+    def beyond(noise_multiplier):
+        inside, outside = [], []
+        for seed in range(12):
+            coins = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5
+            model = torch.nn.Linear(n, 2, bias=False)
+            torch.nn.init.zeros_(model.weight)
+            settings = Settings(noise_multiplier, 0.1, 2, math.ceil(coins.sum().item() / 2), seed=seed)
+            for _ in train(model, alone.take(coins.nonzero().squeeze(1)), settings):
+                pass
+            lead = (model.weight[0] - model.weight[1]).detach()
+            inside.append(lead[coins])
+            outside.append(lead[~coins])
+        inside, outside = torch.cat(inside), torch.cat(outside)
+        count = 0
+        for threshold in outside.quantile(torch.linspace(0.1, 0.99, 20)):
+            low, high = (
+                binomtest(int((s > threshold).sum()), len(s)).proportion_ci(0.999, "exact") for s in (inside, outside)
+            )
+            count += low.low > most_found(high.high, **run).item()
+        return count, auc(inside, outside)
+
+    private, area = beyond(2.0)
+    assert private == 0 and area > 0.6  # a strong attack, and not beyond
+    assert beyond(1.0)[0] > 5  # half the noise that the curve is for
+
+
 @in_one_test(
     "call, name",
     [
@@ -181,6 +333,21 @@ def test_an_auc_of_one_half_can_hide_members_that_are_found_for_certain():
         (lambda: auc([1.0], [float("nan")]), "non_member_scores"),
         (lambda: auc(torch.zeros(2, 2), [1.0]), "member_scores"),
         (lambda: true_positive_rate_at([1.0], [0.0], false_positive_rate=1.5), "false_positive_rate"),
+        (lambda: report([1.0, 2.0], torch.tensor([False, False])), "members"),  # the model never saw a candidate
+        (lambda: report([1.0, 2.0], torch.tensor([True, True])), "members"),
+        (lambda: report([1.0, 2.0], torch.tensor([True])), "members"),
+        (lambda: report([1.0, 2.0], torch.tensor([1, 0])), "members"),
+        (lambda: report([1.0, 1.0], torch.tensor([True, False])), "scores"),
+        (lambda: report([math.inf, 1.0], torch.tensor([True, False])), "scores"),
+        (lambda: report([math.nan, 1.0], torch.tensor([True, False])), "scores"),
+        (lambda: lira_scores([math.inf], torch.zeros(4, 1), torch.zeros(4, 1) > 0), "target"),
+        (lambda: lira_scores([0.0], torch.zeros(4, 2), torch.zeros(4, 2) > 0), "references"),
+        (lambda: rmia_scores([0.0], torch.full((4, 1), math.nan), torch.zeros(4, 1) > 0), "references"),
+        (lambda: lira_scores([0.0], torch.zeros(4, 1), torch.zeros(4, 1)), "included"),
+        (lambda: lira_scores([0.0], torch.zeros(4, 1), torch.zeros(4, 1) > 0), "included"),  # in none of them
+        (lambda: rmia_scores([0.0], torch.zeros(4, 1), torch.ones(4, 1) > 0), "included"),  # in all
+        (lambda: most_found(0.1, noise_multiplier=-1.0, sample_rate=0.1, steps=1), "noise_multiplier"),
+        (lambda: most_found(1.5, noise_multiplier=1.0, sample_rate=0.1, steps=1), "false_positive_rate"),
         (lambda: mislabel(records(9), share=1.5, classes=10), "share"),
         (lambda: mislabel(records(9), share=0.1, classes=1), "classes"),
         (lambda: mislabel(records(90), share=0.1, classes=2), "data.y"),

@@ -40,6 +40,20 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "…D(model.parameters(), lr=0.05) -> …D(model.parameters())": "the learning rate has a default",
     },
     "6.1": {"0 -> -1": "the last model has the names of the first"},
+    "8.4": {
+        "found > target_delta -> found >= target_delta": "the end of an interval is never exactly δ",
+        "max(0.0, math.log((found - target_delta) / wrong)) -> max(math.log((found - target_delta) / wrong), 0.0)": (
+            "max does not care for the order"
+        ),
+    },
+    "8.6": {
+        "return as torch.bfloat16": "rounding after the noise is post-processing",
+        "return as torch.float16": "the same",
+    },
+    "8.2": {
+        "references - mean -> mean - references": "it is squared",
+        "…()).log_prob(target) -> …()).log_prob(target) + 1": "the same on both sides: the difference has none of it",
+    },
 }
 
 

@@ -37,6 +37,7 @@ FLOORS = {
     "training": 2,
     "stack": 3,
     "attacks": 3,
+    "audit": 3,
     "federated": 3,
     "language": 3,
     "flower": 4,

@@ -13,6 +13,7 @@ _NOTEBOOKS = {
     "5": "opacus",
     "6": "federated",
     "7": "flower",
+    "8": "attacks",
     "11": "language",
 }
 

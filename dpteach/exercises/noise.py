@@ -529,8 +529,8 @@ exercise_3_3 = coding(
         ),
     ],
     praise="with all rows clipped to C, one record moves this mean 50 times farther than the noise was made for, or "
-    "more. A division by the expected batch size can't be moved like that: the divisor is the same with and without "
-    "you.",
+    "more. A division by the expected batch size can't be moved like that: the divisor does not ask who is in "
+    "the batch.",
 )
 
 # 3.4: an attacker's belief

@@ -10,11 +10,11 @@ A new kind of item is one class in ``items``, which draws itself on either canva
 import inspect
 import textwrap
 
-from dpteach.plots.items import COLOURS, Band, Bars, Field, Item, Line, Mark, Points, Zones, contour
+from dpteach.plots.items import COLOURS, Band, Bars, Field, Item, Line, Mark, Pictures, Points, Zones, contour
 from dpteach.plots.painters import still, svg
 from dpteach.plots.panel import Panel, alt_text, short
 
-__all__ = ["COLOURS", "Band", "Bars", "Field", "Item", "Line", "Mark", "Panel", "Points", "Zones"]
+__all__ = ["COLOURS", "Band", "Bars", "Field", "Item", "Line", "Mark", "Panel", "Pictures", "Points", "Zones"]
 __all__ += ["alt_text", "contour", "short", "source", "still", "svg"]
 
 

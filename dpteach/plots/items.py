@@ -164,11 +164,41 @@ class Field(Item):
         return self.xs, self.ys
 
     def draw(self, canvas, axes) -> None:
-        ends = np.array([[int(COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)] for role in self.roles], dtype=np.uint8)
+        ends = np.array([_rgb(COLOURS[role]) for role in self.roles], dtype=np.uint8)
         values = np.nan_to_num(np.asarray(self.values, dtype=np.float64), nan=0.5)[::-1]
         opacity = (20 + 85 * np.abs(2 * values - 1)).astype(np.uint8)
         (left, bottom), (right, top) = axes.at([self.xs[0], self.xs[-1]], [self.ys[0], self.ys[-1]])
         rgba = np.dstack([ends[(values > 0.5).astype(int)], opacity])
+        canvas.image(rgba, left, top, right - left, bottom - top)
+
+
+@dataclass(frozen=True)
+class Pictures(Item):
+    """Small images in rows, as ink of one colour: they can be seen on a light page and on a dark one.
+
+    Args:
+        images: (n, h, w); no ink at 0, full ink at 1 and beyond. A NaN is drawn as 0.
+        columns: how many stand in a row. On the axes each is one unit wide and one high.
+        top: the upper edge of the first row; the left edge is at 0.
+    """
+
+    images: np.ndarray
+    columns: int
+    top: float
+    role: str
+    label: str = ""
+
+    def extent(self) -> tuple[Values, Values]:
+        return [0, self.columns], [self.top - math.ceil(len(self.images) / self.columns), self.top]
+
+    def draw(self, canvas, axes) -> None:
+        n, h, w = np.shape(self.images)
+        rows = math.ceil(n / self.columns)
+        ink = np.zeros((rows * self.columns, h, w))
+        ink[:n] = np.clip(np.nan_to_num(np.asarray(self.images)), 0, 1)
+        ink = ink.reshape(rows, self.columns, h, w).swapaxes(1, 2).reshape(rows * h, self.columns * w)
+        rgba = np.dstack([*(np.full(ink.shape, part) for part in _rgb(self.colour)), 255 * ink]).astype(np.uint8)
+        (left, top), (right, bottom) = axes.at([0, self.columns], [self.top, self.top - rows])
         canvas.image(rgba, left, top, right - left, bottom - top)
 
 
@@ -270,6 +300,10 @@ def contour(xs: np.ndarray, ys: np.ndarray, z: np.ndarray, level: float) -> tupl
     gap = np.full((1, 2), np.nan)
     joined = np.concatenate([part for piece in pieces for part in (piece, gap)]) if pieces else gap
     return joined[:, 0], joined[:, 1]
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def array(values) -> np.ndarray:

@@ -29,9 +29,9 @@ class Axes:
         self.names = [(item, textwrap.wrap(item.label, 13)) for item in labelled] if direct else []
         self.key: list[Item] = [] if direct else labelled
         letters = max((len(line) for _, lines in self.names for line in lines), default=0)
-        self.left, self.top = _LEFT, _TOP + (_KEY if self.key else 0)
+        self.left, self.top = _RIGHT if panel.bare else _LEFT, _TOP + (_KEY if self.key else 0)
         self.right = WIDTH - _RIGHT - (letters * _LETTER + 20 if letters else 0)
-        self.bottom = HEIGHT - _BOTTOM
+        self.bottom = HEIGHT - (_RIGHT if panel.bare else _BOTTOM)
         self.width, self.height = self.right - self.left, self.bottom - self.top
         self.x_range, self.y_range = panel.ranges()
         self.x_log, self.y_log = panel.x_log, panel.y_log
@@ -63,6 +63,24 @@ def paint(canvas: SvgCanvas | FigureCanvas, panel: Panel) -> None:
     axes = Axes(panel)
     left, right, top, bottom = axes.left, axes.right, axes.top, axes.bottom
     canvas.text(left, 15, panel.title, size=13, bold=True)
+    if not panel.bare:
+        _scales(canvas, panel, axes)
+    with canvas.clipped(left, top, axes.width, axes.height):
+        for item in panel.items:
+            item.draw(canvas, axes)
+    if not panel.bare:
+        canvas.line(np.array([[left, top], [left, bottom], [right, bottom]]), None, 1, opacity=0.45)
+    _names(canvas, axes)
+    at: float = left
+    for item in axes.key:
+        item.sign(canvas, at, top - 12)
+        canvas.text(at + 17, top - 8, item.label)
+        at += 29 + _LETTER * len(item.label)
+
+
+def _scales(canvas: SvgCanvas | FigureCanvas, panel: Panel, axes: Axes) -> None:
+    """The ticks, and what the axes are called."""
+    left, right, top, bottom = axes.left, axes.right, axes.top, axes.bottom
     for value in ticks(*axes.x_range, panel.x_log, 6):
         x = axes.x([value])[0]
         canvas.text(x, bottom + 14, tick_text(value), anchor="middle")
@@ -73,16 +91,6 @@ def paint(canvas: SvgCanvas | FigureCanvas, panel: Panel) -> None:
         canvas.line(np.array([[left, y], [right, y]]), None, 1, opacity=0.1)
     canvas.text((left + right) / 2, HEIGHT - 7, panel.x_label, anchor="middle")
     canvas.text(12, (top + bottom) / 2, panel.y_label, anchor="middle", turned=True)
-    with canvas.clipped(left, top, axes.width, axes.height):
-        for item in panel.items:
-            item.draw(canvas, axes)
-    canvas.line(np.array([[left, top], [left, bottom], [right, bottom]]), None, 1, opacity=0.45)
-    _names(canvas, axes)
-    at: float = left
-    for item in axes.key:
-        item.sign(canvas, at, top - 12)
-        canvas.text(at + 17, top - 8, item.label)
-        at += 29 + _LETTER * len(item.label)
 
 
 @dataclass

@@ -19,6 +19,7 @@ class Panel:
         alt: a sentence that says what the picture shows, with its figures.
         x_range, y_range: (low, high); from the items if not given.
         x_log, y_log: draw on a logarithmic axis; values that are not positive are left out.
+        bare: without axes, for :class:`Pictures`.
 
     Raises:
         ValueError: if two items with a label look the same: the same sign in the same colour.
@@ -33,6 +34,7 @@ class Panel:
     y_range: tuple[float, float] | None = None
     x_log: bool = False
     y_log: bool = False
+    bare: bool = False
 
     def __post_init__(self):
         seen: dict[tuple, str] = {}
