@@ -35,7 +35,8 @@ _NAMES = {
     "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
-_ROOMS = sorted({*_NAMES, *"attacks audit exercises experiments flower guards language models optim plots".split()})
+_MORE = ["attacks", "audit", "exercises", "experiments", "flower", "guards", "language", "models", "optim", "plots"]
+_ROOMS = sorted([*_NAMES, *_MORE])
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,13 +151,13 @@ class Adapter(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def with_adapters(model: CharacterTransformer, rank: int = 4) -> CharacterTransformer:
-    """A copy of ``model`` in which only an :class:`Adapter` for each linear layer of its blocks is trained."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for attention, think in ((block.attention, block.think) for block in model.blocks):
+def with_adapters(model: nn.Module, rank: int = 4) -> nn.Module:
+    """A copy of a :class:`CharacterTransformer` that trains only an :class:`Adapter` a linear layer of a block."""
+    adapted: Any = copy.deepcopy(model).requires_grad_(False)
+    for attention, think in ((block.attention, block.think) for block in adapted.blocks):
         attention[1].asks, attention[1].out = Adapter(attention[1].asks, rank), Adapter(attention[1].out, rank)
         think[1], think[3] = Adapter(think[1], rank), Adapter(think[3], rank)
-    return model
+    return adapted
 
 
 @torch.no_grad()
@@ -283,7 +284,7 @@ def secret_run(
         }
 
 
-def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10, seed: int = 0) -> dict:
+def adapter_run(*, rank: int | None, lr: float, n: int = 1024, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
     """Train in public on five topics, then privately (ε = 3) on five others: all weights, or adapters of a rank.
 
     The row says the perplexity on unseen messages of the private topics, ``before`` and after.
