@@ -189,6 +189,20 @@ def test_one_user_moves_the_sum_by_c_and_eight_messages_by_eight_c(model):
     assert moved == pytest.approx([8, 1], abs=1e-3)
 
 
+def test_a_run_for_users_trains_on_users_and_you_are_the_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        language, "train", lambda model, *about, **how: seen.append((*about, how["method"])) or iter(())
+    )
+    for unit in ("message", "user"):
+        assert list(language.secret_run(noise_multiplier=1.0, unit=unit, n=128)) == []
+    (messages, one, private), (users, other, _) = seen
+    assert users.X.shape == users.y.shape == (16, 8, CONTEXT) and private == "dpsgd"
+    assert torch.equal(users.X.flatten(0, 1), messages.X) and torch.equal(users.y.flatten(0, 1), messages.y)
+    assert all(torch.equal(users.X[0, k], users.X[0, 0]) for k in range(8))
+    assert one.sample_rate(128) == other.sample_rate(16) == 1 / 4 and one.max_grad_norm == other.max_grad_norm == 1
+
+
 def test_a_users_gradient_is_the_mean_over_all_that_the_user_wrote(model):
     data = as_data(["a" * 20] * 8)  # equally long
     user = Data(data.X.view(1, 8, CONTEXT), data.y.view(1, 8, CONTEXT))
