@@ -9,8 +9,9 @@ The rooms, from the ground up (each imports only from those before it):
 - ``training``, ``with_opacus``: one generator for every way to train, and the one by Opacus
 - ``stack``: many runs trained as one
 - ``federated``, ``flower``: private workers whose models are averaged, in one process or each in processes of its own
-- ``attacks``, ``audit``, ``speed``, ``experiments``: members found and images reconstructed; a lower bound on ε by
-  experiment; how long a private step takes; runs too long for a notebook, stored
+- ``attacks``, ``audit``, ``language``, ``speed``, ``experiments``: members found and images reconstructed; a lower
+  bound on ε by experiment; a language model that gives a secret away; how long a private step takes; runs too long for
+  a notebook, stored
 - ``plots``: pictures described once, drawn as live SVG or as a still
 - ``explorer``, ``exercises``: sliders over real training; exercises that know the misconceptions
 
@@ -34,21 +35,20 @@ _NAMES = {
     "explorer": "Explorer Viewer Range FederatedExplorer Playground Scene SurfaceExplorer scenes",
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names.split()}
-_ROOMS = sorted(
-    {
-        *_NAMES,
-        "attacks",
-        "audit",
-        "exercises",
-        "experiments",
-        "features",
-        "flower",
-        "guards",
-        "models",
-        "optim",
-        "plots",
-    }
-)
+_MORE = [
+    "attacks",
+    "audit",
+    "exercises",
+    "experiments",
+    "features",
+    "flower",
+    "guards",
+    "language",
+    "models",
+    "optim",
+    "plots",
+]
+_ROOMS = sorted([*_NAMES, *_MORE])
 
 __all__ = ["__version__", *_HOME, *_ROOMS]
 

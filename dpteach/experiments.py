@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpteach import models
+from dpteach import language, models
 from dpteach._checks import choice
 from dpteach.accounting import epsilon, noise_multiplier_for
 from dpteach.data import Data, load_mnist, split
@@ -335,6 +335,8 @@ def _speed() -> Iterator[dict]:
 
 
 EXPERIMENTS = {
+    "language-model": language.rows,
+    "language-adapters": language.adapter_rows,
     "twenty-minute-guide": _guide,
     "two-workers": _two_workers,
     "two-workers-plain": _two_workers_plain,

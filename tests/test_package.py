@@ -40,6 +40,7 @@ FLOORS = {
     "attacks": 3,
     "audit": 3,
     "federated": 3,
+    "language": 3,
     "flower": 4,
     "plots": 4,
     "speed": 4,

@@ -15,6 +15,7 @@ _NOTEBOOKS = {
     "7": "flower",
     "8": "attacks",
     "9": "accuracy",
+    "11": "language",
 }
 
 

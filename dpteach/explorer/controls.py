@@ -131,6 +131,11 @@ def menu(label: str, options: list, **more: Any) -> widgets.Dropdown:
     return widgets.Dropdown(options=options, description=label, **more, **_control_style())
 
 
+def text_box(label: str, suggestions: tuple[str, ...]) -> widgets.Combobox:
+    """A text to type, or to pick from ``suggestions``; it starts with the first."""
+    return widgets.Combobox(value=suggestions[0], options=suggestions, description=label, **_control_style())
+
+
 def _control_style() -> dict[str, Any]:
     """As wide as its column, its label above it: page.css says how."""
     return {"layout": widgets.Layout(width="auto", height="auto")}

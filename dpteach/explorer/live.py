@@ -9,7 +9,7 @@ from IPython.display import display
 
 from dpteach._checks import choice
 from dpteach.explorer.accessibility import accessible_box, live_region
-from dpteach.explorer.controls import RANGES, Range, Slider, label_of, two_columns
+from dpteach.explorer.controls import RANGES, Range, Slider, label_of, text_box, two_columns
 from dpteach.explorer.thread import Job, WorkerThread
 from dpteach.plots import Panel, alt_text, still, svg
 
@@ -27,7 +27,9 @@ class LivePicture:
 
     widget: widgets.VBox  # what a cell shows
 
-    def __init__(self, controls: dict[str, Slider | widgets.Dropdown], thread_name: str, alone: bool = False):
+    def __init__(
+        self, controls: dict[str, Slider | widgets.Dropdown | widgets.Combobox], thread_name: str, alone: bool = False
+    ):
         self._controls = controls
         self.controls = {name: c.widget if isinstance(c, Slider) else c for name, c in controls.items()}
         self._starts = {name: control.value for name, control in self.controls.items()}
@@ -147,10 +149,10 @@ class Viewer(LivePicture):
     Args:
         draw: ``draw(**values) -> list of Panel``, called with the sliders' values; at most some 30 ms, to keep up.
         ranges: ends of a slider whose name has none in :data:`RANGES`, or other ends for one that has.
-        values: each slider's name and the value that it starts at.
+        values: each slider's name and the value that it starts at; for a text to type or pick, a tuple of suggestions.
 
     Attributes:
-        controls: the slider widgets by name.
+        controls: the widgets by name.
         values: their values by name.
         error: the exception that ``draw`` raised last, or None.
 
@@ -158,12 +160,16 @@ class Viewer(LivePicture):
         ValueError: if a name has no range.
     """
 
-    def __init__(self, draw: Callable[..., list[Panel]], *, ranges: dict[str, Range] | None = None, **values: float):
-        limits = {**RANGES, **(ranges or {})}
-        for name in values:
+    def __init__(self, draw: Callable[..., list[Panel]], *, ranges: dict[str, Range] | None = None, **values: Any):
+        limits, texts = {**RANGES, **(ranges or {})}, {name for name in values if isinstance(values[name], tuple)}
+        for name in values.keys() - texts:
             choice("ranges", name, limits)
         self._draw = draw
-        super().__init__({name: Slider(name, start, limits[name]) for name, start in values.items()}, "dpteach-draw")
+        controls = {
+            name: text_box(label_of(name), start) if name in texts else Slider(name, start, limits[name])
+            for name, start in values.items()
+        }
+        super().__init__(controls, "dpteach-draw")
         page = two_columns([*self._rows.values()], [self._status_line, self._picture])
         self.widget = accessible_box([page, self._spoken])
         self._thread.request(force=True)
