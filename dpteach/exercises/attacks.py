@@ -46,8 +46,8 @@ exercise_8_1 = coding(
         ),
         Wrong(
             lambda w, b: (w / b.unsqueeze(1))[:-1],
-            "you divided row by bias, unit by unit. That works for a single record. Here a unit is on for *every* "
-            "image above its threshold, so your rows are averages of many images. Take the difference of "
+            "you divided row by bias, unit by unit, all but the last one. That works for a single record. Here a unit "
+            "is on for *every* image above its threshold, so your rows are averages of many images. Take the difference of "
             "neighbouring units first, of the rows and of the biases.",
         ),
         Wrong(
@@ -67,7 +67,7 @@ exercise_8_1 = coding(
         ),
         Wrong(
             lambda w, b: w.diff(dim=0) / b[:-1].unsqueeze(1),
-            "you divided the difference of two rows by one unit's bias. That bias counts all images above its "
+            "you divided the difference of two rows by the first unit's bias. That bias counts all images above its "
             "threshold. Divide by the difference of the two biases.",
         ),
         Wrong(
@@ -165,8 +165,8 @@ exercise_8_2 = coding(
         ),
         Wrong(
             _sides(lambda target, with_, without: (target - without[0]) / without[1].sqrt()),
-            "you compare with the models that did *not* see the record only. That is an attack too (offline LiRA), but "
-            "here you also have models that did. Subtract the two log-densities.",
+            "you count standard deviations from the models that did *not* see the record only. That is an attack too "
+            "(offline LiRA), but here you also have models that did. Subtract the two log-densities.",
         ),
         Wrong(
             _sides(lambda target, with_, without: _log(target, *with_)),
