@@ -36,11 +36,13 @@ class Audit:
         included: ``(m,)`` bool: which canaries were in, each by a fair coin.
         seen: ``(steps, m)`` float64: how far each step pushed the weights towards each canary.
         epsilon: ε that the trainer claims.
+        target_delta: its δ.
     """
 
     included: Tensor
     seen: Tensor
     epsilon: float
+    target_delta: float = 1e-5
 
     @property
     def scores(self) -> Tensor:
@@ -56,7 +58,8 @@ class Audit:
         """
         looks = [self.scores, self.seen.var(0)] if len(self.seen) > 1 else [self.scores]
         error = (1 - _confidence(confidence)) / len(looks)
-        return max(one_run(look, self.included, confidence=1 - error) for look in looks)
+        of = {"target_delta": self.target_delta, "confidence": 1 - error}
+        return max(one_run(look, self.included, **of) for look in looks)
 
 
 def dead_pixels(data: Data) -> Tensor:
@@ -119,7 +122,7 @@ def audit_training(
     weights, claimed = _watched(trainer, both, settings)
     traces = weights[:, :, pixels].double().diff(dim=0)  # (steps, 10, k)
     traces = traces - traces.mean(1, keepdim=True)  # a canary pushes its label up, and all others down
-    return Audit(included, traces.transpose(1, 2).flatten(1), claimed)
+    return Audit(included, traces.transpose(1, 2).flatten(1), claimed, target_delta)
 
 
 def _watched(trainer: Trainer, data: Data, settings: Settings) -> tuple[Tensor, float]:

@@ -78,11 +78,12 @@ def clipped_sum_of_layers(
     h = X
     for layer in layers:
         inputs, h = h, layer(h)
-        if isinstance(layer, _WITH_PARAMETERS) and (layer.weight is not None or layer.bias is not None):
+        if isinstance(layer, _WITH_PARAMETERS):
             kind = _tape_for(layer, inputs)
-            if kind is None:
+            if kind is None:  # also without a parameter: a LayerNorm over the first dimension would mix the samples
                 return None
-            taps.append((kind, layer, inputs.detach(), h))
+            if layer.weight is not None or layer.bias is not None:
+                taps.append((kind, layer, inputs.detach(), h))
     losses = losses_of(h)
     output_grads = [_wide(g) for g in torch.autograd.grad(losses.sum(), [output for *_, output in taps])]
     taken, losses = [tap[:3] for tap in taps], losses.detach()
@@ -118,8 +119,9 @@ class _Outer(_Tape):
 
     def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor):
         self.a, self.g, self.names = a, g, _trained(layer)
-        g2 = squared_norms(g)
-        self.squared_norms = g2 * squared_norms(a)  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+        g2, a2 = squared_norms(g), squared_norms(a)
+        self.squared_norms = g2 * a2  # ‖g aᵀ‖² = ‖g‖²·‖a‖²
+        self.squared_norms[a2 > NORM_AT_MOST**2] = math.inf  # g may be too small for its type: the general way can cope
         if layer.bias is not None:
             self.squared_norms += g2
 
@@ -133,15 +135,18 @@ class _Places(_Tape):
 
     def __init__(self, layer: nn.Linear, a: Tensor, g: Tensor):
         self.a, self.g, self.names = a.flatten(1, -2), g.flatten(1, -2), _trained(layer)
-        some = max(1, _CHUNK // (g.shape[-1] * a.shape[-1]))
-        parts = zip(self.g.split(some), self.a.split(some))
+        self.some = max(1, _CHUNK // (g.shape[-1] * a.shape[-1]))
+        parts = zip(self.g.split(self.some), self.a.split(self.some))
         self.squared_norms = torch.cat([squared_norms((g_.mT @ a_).flatten(1)) for g_, a_ in parts])
         if layer.bias is not None:
             self.squared_norms += squared_norms(self.g.sum(1))
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        g, a = (self.g * weights.view(-1, 1, 1)).flatten(0, 1), self.a.flatten(0, 1)
-        return [(g.mT @ a).flatten() if name == "weight" else g.sum(0) for name in self.names]
+        # Sample by sample, as for the norms: huge places of one that cancel would wipe out the others in one sum.
+        total = self.g.new_zeros(self.g.shape[-1] * self.a.shape[-1])
+        for w, g, a in zip(*(rows.split(self.some) for rows in (weights, self.g, self.a))):
+            total += w @ (g.mT @ a).flatten(1)
+        return [total if name == "weight" else weights @ self.g.sum(1) for name in self.names]
 
 
 class _Rows(_Tape):

@@ -19,7 +19,7 @@ Block = tuple[nn.Linear, type | None]  # a linear layer, and the kind of the act
 IGNORED = -100  # the label that F.cross_entropy passes over
 _FEW = 16  # numbers a record: below, products are quicker on a transposed copy
 _LOST = 1.2e-38  # what a square at most loses where float32 can't hold it
-_BLOCK = 64  # float32 adds so few squares with an error that the margin of clipping covers
+_BLOCK = 32  # float32 adds so few squares with an error that the margin of clipping covers
 
 _aten: Any = torch.ops.aten
 # What an activation does, in place, and a gradient's way back through it from its output. This tanh is four times as

@@ -65,7 +65,8 @@ def train_many(
     from the same random numbers, its own clipping, its own ε. Only rounding differs.
 
     Releasing one run costs its own ε. Releasing more of them, or the best of them, costs more: they saw the same
-    records, and their ε compose (see :mod:`dpteach.ledger`).
+    records, and their ε compose (see :mod:`dpteach.ledger`) if each has a seed of its own. Runs of equal seeds have
+    equal noise: two of them, subtracted, have none, and no ε covers both.
 
     Args:
         make_model: makes a run's model from its settings: ``lambda s: models.mlp(seed=s.seed)``. A perceptron: linear
@@ -76,7 +77,7 @@ def train_many(
         method: ``"dpsgd"``, or ``"sgd"`` (shuffled batches, no privacy).
         shared_batches: all runs take the batches of the first one's seed. Quicker for records of many numbers. Each
             run's own ε stays true. Their joint release is another mechanism than with batches of their own: it costs
-            the ε of one run of σ = 1/√(Σ 1/σᵢ²), which may be more than their ε composed.
+            the ε of one run of σ = 1/√(Σ 1/σᵢ²), which may be more than their ε composed, if no two seeds are equal.
         test_data: records for ``StackStep.accuracies``.
 
     Returns:

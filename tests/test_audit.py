@@ -46,6 +46,14 @@ def two_bells(mu, n=2000, seed=0):
 # The bounds, against what others have published and what can be computed otherwise
 
 
+def test_the_bound_of_an_audit_is_at_the_delta_of_its_claim():
+    generator = torch.Generator().manual_seed(0)
+    included = torch.rand(3000, generator=generator) < 0.5
+    seen = (included.double() * 1.4 + torch.randn(3000, generator=generator)).unsqueeze(0)
+    at = {delta: audit.Audit(included, seen, 1.0, delta).lower_bound() for delta in (1e-5, 0.5)}
+    assert at[1e-5] > 1.5 and at[0.5] == audit.one_run(seen[0], included, target_delta=0.5) < 1
+
+
 def test_one_run_gives_the_two_figures_that_the_paper_prints():
     """Steinke et al. 2023: appendix D, and section 7."""
     assert abs(audit._one_run(1000, 100, 75, 1e-4, 0.05) - 0.673) < 1e-3

@@ -32,6 +32,40 @@ def linears(draw):
     return layer, (*draw(st.lists(size, max_size=2)), layer.in_features)
 
 
+def moved(model, X, record, C):
+    """How far the record moves the sum of the others', in C."""
+    both = torch.cat([X, record])
+    sums = [mechanism.clipped_sum(model, F.cross_entropy, rows, torch.ones(len(rows)).long(), C) for rows in (X, both)]
+    return float((sums[1] - sums[0]).double().norm()) / C
+
+
+@pytest.mark.parametrize("size", [1e8, 1e11, 1e14])
+def test_a_record_whose_places_cancel_does_not_wipe_out_the_others(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten(), nn.Linear(3, 2))
+    record = torch.zeros(1, 1, 4, 4)
+    record[0, 0, 0], record[0, 0, 3] = size, -size
+    X = (3 * torch.randn(1, 1, 4, 4)).expand(1000, -1, -1, -1).contiguous()
+    assert bookkeeping.plain_layers(model) and moved(model, X, record, 1.0) < 1.01
+
+
+def test_a_record_that_is_huge_where_its_gradient_is_tiny_is_clipped():
+    for dtype, size, weight, C in ((torch.float64, 1e153, 1.9e-151, 2e-12), (torch.float32, 1e38, 1e-37, 1.4e-7)):
+        model = nn.Sequential(nn.Linear(1, 2)).to(dtype)
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[weight], [0.0]]))
+            model[0].bias.zero_()
+        X, record = torch.zeros(3, 1, dtype=dtype), torch.full((1, 1), size, dtype=dtype)
+        for sign in (-1, 1):
+            assert moved(model, X, sign * record, C) < 1.01
+
+
+def test_a_norm_over_the_first_dimension_mixes_the_batch_and_is_refused_without_parameters_too():
+    model = nn.Sequential(nn.LayerNorm((50, 2), elementwise_affine=False), nn.Linear(2, 2))
+    with pytest.raises((ValueError, RuntimeError)):  # the general way, whose probe has fewer records
+        mechanism.clipped_sum(model, F.cross_entropy, torch.randn(50, 2), torch.ones(50).long(), 1.0)
+
+
 @st.composite
 def layer_norms(draw):
     shape = draw(st.lists(size, min_size=1, max_size=2))

@@ -631,7 +631,10 @@ def test_a_challenge_counts_the_tries_and_what_they_cost_together(explore):
     for sigma in (2.0, 0.3, 1.5):
         ledger.charge(noise_multiplier=sigma, sample_rate=1 / 4, steps=8)
     spent = ledger.epsilon(accountant="rdp")
-    assert f"Tries: 3. Who picks the best of them has spent ε ≤ {plots.short(spent)}" in explorer._played.value
+    assert (
+        f"Tries: 3. With fresh noise in each, who picks the best has spent ε ≤ {plots.short(spent)},"
+        in explorer._played.value
+    )
     assert spent > max(k.epsilon for k in explorer.kept)
     (area,) = [item for item in explorer._panels()[0].items if isinstance(item, plots.Band)]
     assert (area.xs[1], area.low[0]) == (5.0, 0.8)
@@ -640,6 +643,25 @@ def test_a_challenge_counts_the_tries_and_what_they_cost_together(explore):
     explorer.wait(30)
     met = [k.number for k in explorer.kept if k.epsilon <= 5 and k.accuracy >= 0.8]
     assert met and f"Met by run {met[0]}!" in explorer._played.value
+
+
+def test_a_challenge_is_not_won_by_delta_and_a_stopped_try_has_cost_its_steps(explore):
+    start = Settings(2.0, epochs=4, batch_size=100, lr=4.0)
+    explorer = explore(start, challenge=(2.5, 0.0), sliders=("epochs", "target_delta"))
+    explorer.wait(30)
+    assert "ε ≤ 2.5 at δ = 1e-5" in explorer._played.value and "Not met yet" in explorer._played.value
+    before = explorer._tries.epsilon(accountant="rdp")
+    explorer.controls["target_delta"].value = 0.01
+    explorer.wait(30)
+    assert explorer.kept[-1].epsilon <= 2.5 and "Not met yet" in explorer._played.value
+    assert f"ε ≤ {plots.short(explorer._tries.epsilon(accountant='rdp'))}," in explorer._played.value
+    explorer.controls["epochs"].value = 100
+    wait_for(lambda: explorer.run.steps_done > 5 and explorer.run.settings.epochs == 100)
+    explorer.stop()
+    explorer.wait(30)
+    charges, run = explorer._tries.charges, explorer.run
+    assert len(charges) == 3 and charges[-1].steps == run.steps_done < run.steps
+    assert explorer._tries.epsilon(accountant="rdp") > before and "Tries: 3." in explorer._played.value
 
 
 @pytest.mark.parametrize(
@@ -809,6 +831,9 @@ def test_the_runs_of_a_playground_stay_as_dots_whatever_the_method_and_go_with_t
     playground.menus["scene"].value = "b"
     playground.wait(30)
     assert [(k.number, k.how) for k in playground.explorer.kept] == [(1, "opacus, sgd")]
+    playground.menus["scene"].value = "a"  # who looks at these records again has looked before
+    playground.wait(30)
+    assert len(playground.explorer.kept) == 2 and len(playground.explorer._tries.charges) == 4
 
 
 def test_a_dot_says_its_settings_to_a_mouse_and_names_its_run_for_a_click(play):

@@ -53,7 +53,7 @@ def _moved(answer):
 exercise_9_1 = open_ended(
     "9.1",
     hint="σ, the epochs and the batch size set ε. So leave them, or change them together. C and the learning rate are "
-    "free: what counts is their product, the length of a step.",
+    "free: what counts is their product, the length of a step, while most gradients are longer than C.",
     reference=replace(START, max_grad_norm=3.0),
     describe=_moved,
     wrong={
@@ -156,7 +156,7 @@ exercise_9_3 = open_ended(
     praise="the mean (b), the columns (d) and the choice (f) touch private records without noise. ε = 3 is that of one "
     "run on features that somebody else had made.",
     solution="**b, d, f.** The mean is private: noise it, and count it. Columns chosen by private labels: choose them "
-    "without, or by a private selection. The best of 50: stop at random and pay for it (section 5), or fix the "
+    "without, or by a private selection. The best of 50: stop at random and pay for it (section 4), or fix the "
     "settings before. Lines a and c treat each record alone, e has its ε, and g is post-processing.",
 )
 

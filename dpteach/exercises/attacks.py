@@ -47,8 +47,8 @@ exercise_8_1 = coding(
         Wrong(
             lambda w, b: (w / b.unsqueeze(1))[:-1],
             "you divided row by bias, unit by unit, all but the last one. That works for a single record. Here a unit "
-            "is on for *every* image above its threshold, so your rows are averages of many images. Take the difference of "
-            "neighbouring units first, of the rows and of the biases.",
+            "is on for *every* image above its threshold, so your rows are averages of many images. Take the "
+            "difference of neighbouring units first, of the rows and of the biases.",
         ),
         Wrong(
             lambda w, b: (w / b.unsqueeze(1)).diff(dim=0),

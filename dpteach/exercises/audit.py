@@ -191,8 +191,9 @@ SEALED: dict[str, Trainer] = {
 
 exercise_8_5 = choose(
     "8.5",
-    hint="Audit each of them with `audit_training(..., steps_per_epoch=2)`. The final weights are one look, and every "
-    "step is another: `audit.lower_bound()` takes both. Compare with `audit.epsilon`, the claim.",
+    hint="Audit each of them with `audit.audit_training(..., steps_per_epoch=2)` and call the result `run`. "
+    "`audit.one_run(run.scores, run.included)` looks at the final weights, `run.lower_bound()` at every step. Compare "
+    "both with `run.epsilon`, the claim.",
     answer="c",
     wrong=[
         Wrong(
@@ -211,8 +212,8 @@ exercise_8_5 = choose(
     solution="**c.** Its bound is above its claim, and only `lower_bound()`, which looks at every step, shows it: "
     "c has the same noise at every step, so the difference of two steps has none. In its final weights the equal noise "
     "has added up, and a bound from those alone is near 0.\n\n```python\nfor name, trainer in SEALED.items():\n"
-    "    audit = audit_training(trainer, digits, pixels, noise_multiplier=8.0, epochs=50, steps_per_epoch=2)\n"
-    "    print(name, one_run(audit.scores, audit.included), audit.lower_bound(), audit.epsilon)\n```",
+    "    run = audit.audit_training(trainer, thousand, pixels, noise_multiplier=8.0, epochs=50, steps_per_epoch=2)\n"
+    "    print(name, audit.one_run(run.scores, run.included), run.lower_bound(), run.epsilon)\n```",
 )
 
 # 8.6: hand in a step

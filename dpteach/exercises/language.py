@@ -11,7 +11,7 @@ from dpteach.exercises.core import Complaint, Wrong, choose, coding, open_ended
 # 11.1: exposure
 
 
-def exposure(log_probabilities, secret):
+def secret_exposure(log_probabilities, secret):
     """log2(how many codes there are) - log2(rank of the secret); the likeliest code has rank 1."""
     rank = int((log_probabilities >= log_probabilities[secret]).sum())
     return math.log2(len(log_probabilities)) - math.log2(rank)
@@ -29,7 +29,7 @@ exercise_11_1 = coding(
     "11.1",
     hint="The rank needs no sorting: how many of the log probabilities are at least as large as "
     "`log_probabilities[secret]`? The secret itself is one of them. `math.log2` gives bits.",
-    reference=exposure,
+    reference=secret_exposure,
     inputs=[_codes(100, 0, 17), _codes(100, 1, 3), _codes(10_000, 2, 7294), _codes(1000, 3, 0)],
     wrong=[
         Wrong(

@@ -17,7 +17,7 @@ def explain(run: Run, start: nn.Module) -> str:
 
     Noise, if it alone moves the weights further than training without privacy has moved them; too few or too small
     steps, if they came less far; else clipping, which bends the way. A rule of thumb, for plain SGD: the run with σ = 0
-    tells for sure.
+    tells for sure. All is computed from private gradients, and ε does not cover showing it.
 
     Args:
         run: of one worker.

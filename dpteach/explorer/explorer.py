@@ -16,6 +16,7 @@ from torch import nn
 
 from dpteach import models
 from dpteach._checks import choice, number
+from dpteach.accounting import epsilon
 from dpteach.data import Data
 from dpteach.explorer.controls import RANGES, Range, Slider, button, folded, label_of, number_text
 from dpteach.explorer.explain import explain
@@ -72,7 +73,9 @@ class Explorer(LiveTraining):
         ranges: other ends for a slider: ``{"epochs": Range(1, 300, whole=True)}``.
         surface: a :class:`SurfaceExplorer` on the same records: its runs lie behind the trade-off, and while a slider
             moves, the accuracy of its nearest cell is said at once.
-        challenge: an ε and an accuracy to reach: ``(2.0, 0.9)``. Tries are counted, with what they cost together.
+        challenge: an ε (at the δ of ``settings``) and an accuracy to reach: ``(2.0, 0.9)``. Tries are counted, the
+            stopped ones too, with what they would cost together if each had noise of its own (here all have that of
+            one seed, so that a setting repeats).
 
     Attributes:
         controls: the slider widgets by setting name.
@@ -104,6 +107,7 @@ class Explorer(LiveTraining):
         surface: SurfaceExplorer | None = None,
     ):
         self._challenge, self._tries, self._surface = challenge, Ledger(), surface
+        self._delta = settings.target_delta  # the challenge's: another one would be another challenge
         self._data, self._start_settings = data, settings
         self._method, self._optimizer = choice("method", method, METHODS), choice("optimizer", optimizer, OPTIMIZERS)
         self._private = method != "sgd"
@@ -185,12 +189,18 @@ class Explorer(LiveTraining):
         self._written = self.settings_string
         self._code.value = self._written
         baseline = self._baseline_beside(run) if self._baseline else iter(())
-        for step in self._train(run):
-            next(baseline, None)
-            if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
-                why = "the loss is not a number any more. Try a lower learning rate."
-                run.ended = f"Diverged at step {step.step}: {why}"
-            yield
+        try:
+            for step in self._train(run):
+                next(baseline, None)
+                if math.isnan(step.loss) and diverged(run.model, self._data):  # an empty batch has no loss either
+                    why = "the loss is not a number any more. Try a lower learning rate."
+                    run.ended = f"Diverged at step {step.step}: {why}"
+                yield
+        finally:  # a run that was stopped has cost its steps
+            if self._private and run.steps_done:
+                of = {"noise_multiplier": run.settings.noise_multiplier, "sample_rate": run.workers[0].sample_rate}
+                self._tries.charge(**of, steps=run.steps_done)
+                self._tell_of_tries()
         for _ in baseline:
             yield
 
@@ -246,14 +256,17 @@ class Explorer(LiveTraining):
             except ValueError as error:
                 self._script.value = f"# {error}"
             self._why.value = escape(explain(run, models.start(self._make_model, run.settings.seed)))
-            s, sample_rate = run.settings, run.workers[0].sample_rate
-            self._tries.charge(noise_multiplier=s.noise_multiplier, sample_rate=sample_rate, steps=run.steps)
         super()._keep(run)
         self._tell_of_tries()
 
-    def go_on_from(self, before: "Explorer") -> None:
-        """Take over the runs that another explorer on the same records kept, and its tries."""
-        self.kept, self._ghosts, self._tries = before.kept, before._ghosts, before._tries
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """The runs that it kept, and its tries: for :meth:`go_on_from` of another explorer on the same records."""
+        return self.kept, self._ghosts, self._tries
+
+    def go_on_from(self, memory: tuple[Any, ...]) -> None:
+        """Take over the :attr:`memory` of another explorer on the same records."""
+        self.kept, self._ghosts, self._tries = memory
         self._offer()
         self._tell_of_tries()
 
@@ -306,14 +319,21 @@ class Explorer(LiveTraining):
     def _tell_of_tries(self) -> None:
         if self._challenge is None:
             return
-        most, least = self._challenge
-        met = [k.number for k in self.kept if k.epsilon <= most and k.accuracy >= least]
-        text = f"Challenge: ε ≤ {most:g} and at least {least:.0%}. "
+        (most, least), delta = self._challenge, self._delta
+        met = [k.number for k in self.kept if k.accuracy >= least and self._bound_of(k.settings) <= most]
+        text = f"Challenge: ε ≤ {most:g} at δ = {number_text(delta)}, and at least {least:.0%}. "
         text += f"Met by run {met[0]}! " if met else "Not met yet. "
         if count := len(self._tries.charges):
-            spent = self._tries.epsilon(target_delta=self.settings.target_delta, accountant="rdp")
-            text += f"Tries: {count}. Who picks the best of them has spent ε ≤ {short(spent)}, not that of one."
+            spent = self._tries.epsilon(target_delta=delta, accountant="rdp")
+            text += f"Tries: {count}. With fresh noise in each, who picks the best has spent ε ≤ {short(spent)}, "
+            text += "not that of one."
         self._played.value = escape(text)
+
+    def _bound_of(self, settings: Settings) -> float:
+        """ε of such a run at the challenge's δ, by RDP."""
+        n, sigma = len(self._data), settings.noise_multiplier
+        of: dict[str, Any] = {"sample_rate": settings.sample_rate(n), "target_delta": self._delta, "accountant": "rdp"}
+        return epsilon(noise_multiplier=sigma, steps=settings.epochs * settings.steps_per_epoch(n), **of)
 
     def _place_of(self, run: Run) -> str:
         return f"step {run.steps_done}"

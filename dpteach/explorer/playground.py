@@ -43,6 +43,7 @@ class Playground:
         for choice in self.menus.values():
             choice.observe(lambda _: self._open(), "value")
         self._scene: Scene | None = None
+        self._memories: dict[int, tuple] = {}  # by scene: what was kept, and what was tried
         self._open()
 
     def _open(self) -> None:
@@ -50,7 +51,7 @@ class Playground:
         if self._scene is not None:  # what was moved stays where it is, the others begin as the scene says
             start = self._scene.settings
             moved = {name: value for name, value in self.explorer.values.items() if value != getattr(start, name)}
-        before = self.explorer if self._scene is scene else None
+            self._memories[id(self._scene)] = self.explorer.memory
         self._scene = scene
         self.explorer = Explorer(
             scene.data,
@@ -63,8 +64,8 @@ class Playground:
             challenge=scene.challenge,
             sliders=("noise_multiplier", "max_grad_norm", "epochs", "lr", "batch_size", "target_delta"),
         )
-        if before is not None:
-            self.explorer.go_on_from(before)
+        if id(scene) in self._memories:
+            self.explorer.go_on_from(self._memories[id(scene)])
         for name, value in moved.items():
             self.explorer.controls[name].value = min(value, len(scene.data)) if name == "batch_size" else value
         shown, self._place.children = self._place.children, [self.explorer.widget]

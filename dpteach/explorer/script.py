@@ -11,7 +11,7 @@ from dpteach.explorer.training import Run
 _OPTIMIZERS = {"sgd": "SGD(model.parameters(), lr={})", "momentum": "SGD(model.parameters(), lr={}, momentum=0.9)"}
 _OPTIMIZERS["adam"] = "Adam(model.parameters(), lr={})"
 
-_SEED = "torch.manual_seed({})  # for a lesson; without this line for a model that you publish"
+_SEED = "torch.manual_seed({})  # for a lesson; a release needs PrivacyEngine(secure_mode=True)"
 
 _SCRIPT = '''"""Private training with Opacus. The explorer got: {result}
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dpteach.data import {loaders}  # or your own records: a tensor X, and one of labels y
+from dpteach.data import {loaders}  # or your own records: tensors X and y; none may make the loss infinite
 
 if tuple(map(int, opacus.__version__.split(".")[:2])) < (1, 4):
     raise SystemExit(f"Opacus 1.4 or newer is needed, got {{opacus.__version__}}: pip install --upgrade opacus")
@@ -84,7 +84,9 @@ def opacus_script(run: Run, test_data: Data, result: str) -> str:
     return _SCRIPT.format(
         result=result,
         loaders=", ".join(sorted({re.split(r"\W", source)[0] for source in sources})),
-        seed="# No seed: nobody can repeat this noise." if s.seed is None else _SEED.format(s.seed),
+        seed="# No seed, but 32 bits can be tried: a release needs PrivacyEngine(secure_mode=True)"
+        if s.seed is None
+        else _SEED.format(s.seed),
         records=sources[0],
         unseen=sources[1],
         layers="\n".join(f"    nn.{layer}," for layer in layers),

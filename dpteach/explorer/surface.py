@@ -29,7 +29,8 @@ class SurfaceExplorer(LivePicture):
     """Test accuracy over σ × C; a moved slider of epochs, learning rate or batch size trains every cell again.
 
     The sliders of σ and C move a cross. ``surface.settings``, the cell below it, can go into an :class:`Explorer`.
-    Showing the surface, or taking its best cell, spends more than the ε that stands there: that is the ε of one run.
+    Showing the surface, or taking its best cell, spends more than the ε that stands there: that is the ε of one run,
+    and the cells of one seed share their noise.
 
     Args:
         data: the private records.
