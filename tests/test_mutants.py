@@ -40,6 +40,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "…D(model.parameters(), lr=0.05) -> …D(model.parameters())": "the learning rate has a default",
     },
     "6.1": {"0 -> -1": "the last model has the names of the first"},
+    "11.1": {
+        "int((log_probabilities >= log_probabilities[secret]).sum()) -> (log_probabilities >= log_probabilities[secret]).sum()": (
+            "math.log2 takes a tensor of one number, too"
+        )
+    },
     "8.4": {
         "found > target_delta -> found >= target_delta": "the end of an interval is never exactly δ",
         "max(0.0, math.log((found - target_delta) / wrong)) -> max(math.log((found - target_delta) / wrong), 0.0)": (
