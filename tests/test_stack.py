@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_mechanism import Replayed
 from torch import nn
 
 from dpteach import models, stack
 from dpteach.data import Data, two_moons
 from dpteach.mechanism import poisson_batches
-from dpteach.randomness import SystemRandom, generators
+from dpteach.randomness import generators
 from dpteach.stack import train_many
 from dpteach.training import Settings, train
 
@@ -202,16 +203,6 @@ def test_two_runs_of_unlike_seeds_share_neither_batches_nor_noise():
     for shared in (False, True):
         one, other, again = updates(noisy, shared, Data(torch.zeros(n, 2), data.y))
         assert not torch.equal(one, other) and torch.equal(one, again)
-
-
-class Replayed(SystemRandom):
-    def __init__(self, *draws):
-        self.draws = list(draws)
-
-    def uniform(self, n):
-        given = torch.tensor(self.draws.pop(0), dtype=torch.float64)
-        assert len(given) == n
-        return given
 
 
 def test_a_stacks_sampling_is_exact_to_q_on_a_grid_of_53_bits():
