@@ -96,6 +96,26 @@ def test_an_answer_of_the_wrong_type_gets_a_sentence(exercise):
     assert [(a, v) for a, v in found if v.passed is not False or not v.message.endswith(".")] == []
 
 
+def test_cmp_says_exact_close_or_how_far_apart(capsys):
+    theirs = torch.tensor([1.0, -200.0])
+    others = (theirs.clone(), theirs + 1e-4, theirs + 0.5, theirs * torch.nan, theirs[:1], (theirs + 1).numpy(), None)
+    for mine in (*others, ...):
+        exercises.cmp("mine and theirs", mine, theirs)
+    exercises.cmp("mine and theirs", torch.zeros(0), torch.zeros(0))
+    lines = [line.removeprefix("mine and theirs: ") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "exact",
+        "close, to a millionth",
+        "they differ, by up to 0.5; the largest value is 2e+02",
+        "they differ, by up to nan; the largest value is 2e+02",
+        "shapes differ, (1,) and (2,)",
+        "they differ, by up to 1; the largest value is 2e+02",
+        "nothing to compare yet",
+        "nothing to compare yet",
+        "exact",
+    ]
+
+
 def test_an_exercise_has_a_hint_and_a_solution():
     short = [e.id for e in ALL if min(len(exercises.hint(e.id)), len(exercises.solution(e.id))) <= 20]
     assert short == []
