@@ -25,7 +25,7 @@ from dpteach.data import Data, load_mnist, split
 from dpteach.features import fixed_features
 from dpteach.federated import Worker, federated_average, train_rounds
 from dpteach.mechanism import add_noise, clipped_sum_and_losses
-from dpteach.randomness import generators
+from dpteach.randomness import seeds
 from dpteach.training import Settings, accuracy, set_gradient, train
 
 RESULTS = Path(__file__).resolve().parent / "results"  # in the package: a notebook reads them wherever it is installed
@@ -188,9 +188,10 @@ def post_run(n: int, rounds: int, update: str, seed: int) -> Iterator[dict]:
     images, unseen = _as_in_the_post(n)
     halves = {"alice": images.take(slice(n // 2)), "bob": images.take(slice(n // 2, n))}
     model, began = models.cnn(seed=seed), time.process_time()
-    sampling, noise = generators(seed)
+    sampling, noise = (torch.Generator().manual_seed(s) for s in seeds(seed)[:2])
     for turn in range(1, rounds + 1):
-        copies, losses = {name: copy.deepcopy(model) for name in halves}, {}
+        copies = {name: copy.deepcopy(model) for name in halves}
+        losses: dict[str, list[float]] = {}
         for name, half in halves.items():
             weights = list(copies[name].parameters())
             sgd, losses[name] = torch.optim.SGD(weights, lr=0.1), []
