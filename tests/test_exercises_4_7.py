@@ -105,6 +105,27 @@ def rounds_charged_step_by_step(ledger, train_one_round, rounds, noise_multiplie
     return path
 
 
+def masks_pair_by_pair(n, shared):
+    """The other way round: the worker with the higher number adds."""
+    result = torch.zeros(n, len(shared(0, 1)), dtype=torch.int64)
+    for i in range(n):
+        for j in range(i):
+            result[i] += shared(j, i)
+            result[j] -= shared(i, j)
+    return result % 2**48
+
+
+def masks_in_a_list(n, shared):
+    return [row + 0 for row in masks_pair_by_pair(n, shared)]
+
+
+def unmask_step_by_step(i, sent, revealed):
+    found = sent.clone()
+    for j in sorted(revealed):
+        found = torch.remainder(found + (revealed[j] if j < i else 2**48 - revealed[j]), 2**48)
+    return found
+
+
 def report_in_a_loop(replies):
     log = {}
     for reply in sorted(replies, key=lambda r: -r["epsilon"]):
@@ -144,9 +165,9 @@ RIGHT = [
     ("5.3", [100, 100]),
     ("5.3", np.array([300, 300])),
     ("5.3", torch.tensor([256, 256])),
-    ("6.2", 300.0),
-    ("6.2", torch.tensor(300)),
-    ("6.2", "300"),
+    ("6.2", masks_pair_by_pair),
+    ("6.2", masks_in_a_list),
+    ("6.5", unmask_step_by_step),
     ("6.4", "73.1 %"),
     ("6.4", 0.73),
     ("7.2", np.int64(80)),
@@ -179,6 +200,10 @@ def changes_the_weights(models, weights):
     for k, w in enumerate(list(weights)):
         weights[k] = w / 80
     return federated.average(models, weights)
+
+
+def masks_of_a_star_in_the_middle(n, shared):
+    return federated.from_pairs(lambda i, j: 1 if i < j else -1, pairs=lambda i, j, n: 1 in (i, j))(n, shared)
 
 
 def hides_the_error(*args):
@@ -216,9 +241,15 @@ WRONG = [
     ("5.3", (256.5, 256), "whole numbers"),
     ("5.3", "25", "at least 100"),
     ("6.1", changes_the_weights, "changes the list of weights"),
-    ("6.2", 10**400, "whole number"),
-    ("6.2", 0.3, "whole number"),
-    ("6.2", True, "whole number"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared).double(), "floats are rounded"),
+    ("6.2", lambda n, shared: torch.randint(2**48, (n, len(shared(0, 1)))), "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared) % 2**32, "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared)[1:], "for each of the 3 workers"),
+    ("6.2", lambda n, shared: torch.stack([shared(i, i) for i in range(n)]), "with herself"),
+    ("6.2", masks_of_a_star_in_the_middle, "with *each* other worker"),
+    ("6.5", lambda i, sent, revealed: (sent - sum(revealed.values())) % 2**48, "right for worker 0"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed).double(), "Floats round"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed) + 1, "largest difference is 1."),
     ("6.3", charges_in_except, "killed"),
     ("6.3", hides_the_error, "hides an error"),
     ("6.4", 73.1, "in percent"),

@@ -30,7 +30,7 @@ from dpteach.explorer.numbers import most_believed, odds_in_words, points, right
 from dpteach.federated import Worker, train_rounds
 from dpteach.ledger import Ledger
 from dpteach.mechanism import clip, per_sample_gradients
-from dpteach.plots import Line, Panel
+from dpteach.plots import Line, Panel, svg
 from dpteach.plots.items import array, thin
 from dpteach.plots.painters import Axes
 from dpteach.plots.panel import tick_text, ticks
@@ -924,6 +924,12 @@ def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
     assert len({tick_text(tick) for tick in values}) == len(values)
 
 
+@pytest.mark.parametrize("x_label, halves", [("round", False), ("epochs", False), ("lr", True)])
+def test_no_tick_stands_at_half_a_round(x_label, halves):
+    drawn = svg([Panel("t", x_label, "y", [Line([0.8, 3.2], [1, 2], "private")], "alt", y_range=(10, 20))])
+    assert (">1.5<" in drawn) is halves and ">2<" in drawn
+
+
 @pytest.mark.alone
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
     import dpteach.explorer.training as room
@@ -977,6 +983,8 @@ def test_the_federated_explorer_trains_what_train_rounds_trains(federate):
     assert explorer.status.startswith("Finished") and "never their sum or mean" in explorer._price_line.value
     assert f"alice (200 records, σ = 1.5): ε = {workers[0].epsilon():.2f} (PRV)" in explorer.summary()
     ElementTree.fromstring(explorer._picture.value)
+    names = [[item.label for item in panel.items if item.label] for panel in explorer._panels_of(explorer.run)]
+    assert names[2:] == [["alice", "bob"]] * 2  # each once
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,17 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "…D(model.parameters(), lr=0.05) -> …D(model.parameters())": "the learning rate has a default",
     },
     "6.1": {"0 -> -1": "the last model has the names of the first"},
+    "6.2": {
+        "2 ** 48 -> its first value": "it is a constant",
+        "added - taken_off -> taken_off - added": "either of a pair may add",
+        "shared(i, j) -> shared(j, i)": "a pair shares one row, whoever asks first",
+        "shared(i, j) -> shared(j, i) (again)": "the same",
+        "torch.stack(rows) -> rows": "a list of masks is as good",
+    },
+    "6.5": {
+        "2 ** 48 -> its first value": "it is a constant",
+        "i < j -> i <= j": "nobody shares with herself, so i is never j",
+    },
     "11.1": {
         "int((log_probabilities >= log_probabilities[secret]).sum()) -> (log_probabilities >= log_probabilities[secret]).sum()": (
             "math.log2 takes a tensor of one number, too"
