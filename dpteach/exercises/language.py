@@ -98,7 +98,7 @@ class _Parrot(nn.Module):
 
 def _asked(answer):
     if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[0], nn.Module):
-        raise Complaint('the answer must be the model and your text: answer_11_2 = plain, "..."')
+        raise Complaint('the answer must be the model and your text, as in `plain, "..."`.')
     model, prompt = answer
     if prompt is ...:
         raise NotAttempted
