@@ -609,9 +609,12 @@ _LOOP_TRAITS = {
     "in turn": "move 4: the noise of one step can be told from that of the step before. Draw anew in each.",
     "empty": "move 4: in the step of an empty batch, the noise on the sum has {times:.3g} times the standard deviation "
     "σ·C. It gets the same noise as any other.",
-    "repeats": "the same two generators do not give the same run again. Draw the batches from `sampling`, the noise "
-    "from `noise`, and nothing from elsewhere.",
-    "noise": "another generator `noise` gives the same run. Draw the noise from it.",
+    "sampling": "move 1: your batches do not come from `sampling`: the same seed must give the same ones again, and "
+    "another "
+    "seed must give others.",
+    "noise": "move 4: your noise does not come from `noise`: the same seed must give the same run again, and another "
+    "seed "
+    "must give another.",
 }
 
 
@@ -655,7 +658,7 @@ def _loop_traits(fn: Any, args: tuple) -> Any:
     """What is typical of a run, whatever its batches were."""
     model, data, s, sampling, noise = args
     n, q, C, sigma = len(data), s.sample_rate(len(data)), s.max_grad_norm, s.noise_multiplier
-    again = [copy.deepcopy(model) for _ in range(2)]
+    fresh, there = copy.deepcopy(model), copy.deepcopy(model)
     batches, path = _run(fn, args)
     if q == 1 and sigma == 0:
         return 1000 * path[1:]  # so that a small tolerance is one
@@ -664,28 +667,29 @@ def _loop_traits(fn: Any, args: tuple) -> Any:
     scale = n * q / (s.lr * C * (sigma or 1))
     right = []
     for batch, weights in zip(batches, path):
-        vector_to_parameters(weights.float(), again[0].parameters())
-        right.append(clipped_sum(again[0], cross_entropy, *data[batch], C).double() / C)
+        vector_to_parameters(weights.float(), there.parameters())
+        right.append(clipped_sum(there, cross_entropy, *data[batch], C).double() / C)
     left = (path[:-1] - path[1:]) * scale - torch.stack(right) / (sigma or 1)  # of what was added up, in σ·C
+    seeds = sampling.initial_seed(), noise.initial_seed()
+
+    def repeated(sampling: int = seeds[0], noise: int = seeds[1]) -> Tensor:
+        return _run(fn, (copy.deepcopy(fresh), data, s, _seed(sampling), _seed(noise)))[1]
+
     if sigma == 0:
         return {
             "twice": float((counts > 1).any()),
             "size": _near(sizes.mean() / (n * q), 0.25),
             "fixed": float((sizes == sizes[0]).all()),
             "weights": float(not left.abs().max() < 1e-3),
+            "sampling": float(torch.equal(repeated(), path) and not torch.equal(repeated(sampling=99), path)),
         }
     if q < 1:
         return {"empty": _near(left[sizes == 0].std(), 0.08) if (sizes == 0).any() else 0.0}
-    seeds = sampling.initial_seed(), noise.initial_seed()
-    same, other = (
-        _run(fn, (copy.deepcopy(again[1]), data, s, _seed(seeds[0]), _seed(seeds[1] + k)))[1] for k in (0, 1)
-    )
     return {
         "spread": _near(left.std(), 0.03),
         "mean": _near(1 + left.mean(), 0.06),
         "in turn": _near(1 + (left[1:] * left[:-1]).mean(), 0.1),
-        "repeats": float(torch.equal(same, path)),
-        "noise": float(not torch.equal(other, path)),
+        "noise": float(torch.equal(repeated(), path) and not torch.equal(repeated(noise=99), path)),
     }
 
 
@@ -824,7 +828,7 @@ exercise_3_4 = coding(
         ),
         Wrong(
             stepping(lambda rows, s, size, noise: _right(rows, s, size, None)),
-            "the noise is right, but it does not come from `noise`, so it cannot be compared with that of Opacus. Hand "
+            "move 4: the noise is right, but it does not come from `noise`, so it cannot be that of Opacus. Hand "
             "`noise` to `add_noise` or to `torch.randn(..., generator=noise)`.",
         ),
         Wrong(
