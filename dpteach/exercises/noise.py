@@ -604,6 +604,8 @@ _LOOP_TRAITS = {
     "fixed": "move 1: your batches always have the same size. Let each record flip its own coin.",
     "weights": "with σ = 0, your weights are not those of clipped gradients, summed, divided by n·q and multiplied by "
     "lr. Look at moves 2 and 3, and at the step.",
+    "coordinates": "move 4: the noise is the same in every coordinate: it cancels in the difference of two. Draw one "
+    "number for each.",
     "spread": "move 4: the noise on the sum has {times:.3g} times the standard deviation σ·C that it must have.",
     "mean": "move 4: your noise is not centred at zero, or the sum under it is not that of the clipped gradients.",
     "in turn": "move 4: the noise of one step can be told from that of the step before. Draw anew in each.",
@@ -686,6 +688,7 @@ def _loop_traits(fn: Any, args: tuple) -> Any:
     if q < 1:
         return {"empty": _near(left[sizes == 0].std(), 0.08) if (sizes == 0).any() else 0.0}
     return {
+        "coordinates": _near(left.std(dim=1).mean() / left.std(), 0.5),
         "spread": _near(left.std(), 0.03),
         "mean": _near(1 + left.mean(), 0.06),
         "in turn": _near(1 + (left[1:] * left[:-1]).mean(), 0.1),
@@ -721,9 +724,10 @@ exercise_3_4 = coding(
     atol=0.05,
     inputs=[
         _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=0.3, epochs=3, batch_size=7),
-        _loop_input(4, 40, 1, noise_multiplier=0.0, max_grad_norm=1.3, epochs=6, batch_size=10),
-        _loop_input(250, 3, 2, noise_multiplier=1.5, max_grad_norm=2.0, epochs=10, batch_size=3),
-        _loop_input(250, 4, 3, noise_multiplier=1.0, max_grad_norm=0.5, epochs=6, batch_size=1),  # often empty
+        _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=1.3, epochs=3, batch_size=7),
+        _loop_input(4, 40, 1, noise_multiplier=0.0, max_grad_norm=1.3, epochs=5, batch_size=10),
+        _loop_input(250, 3, 2, noise_multiplier=1.5, max_grad_norm=2.0, epochs=8, batch_size=3),
+        _loop_input(250, 4, 3, noise_multiplier=1.0, max_grad_norm=0.5, epochs=5, batch_size=1),  # often empty
     ],
     wrong=[
         Wrong(
@@ -739,6 +743,14 @@ exercise_3_4 = coding(
             ),
             "move 3: you clip the mean gradient, not each record's. One record can still turn the mean around, and "
             "moves the sum by up to 2·B·C instead of C (B records in the batch). Clip each row, then add up.",
+        ),
+        Wrong(
+            stepping(
+                lambda rows, s, size, noise: (
+                    _noised((rows * (s.max_grad_norm / rows.norm(dim=1, keepdim=True))).sum(0), s, noise) / size
+                )
+            ),
+            "move 3: you make every row C long. A row within C stays as it is: the factor is C / norm, but 1 at most.",
         ),
         Wrong(
             stepping(lambda rows, s, size, noise: clip(rows, s.max_grad_norm).sum(0) / size),
@@ -765,6 +777,12 @@ exercise_3_4 = coding(
             ),
             "the step: you divide by the number of records in the batch. It changes when one record joins, which the "
             "noise does not hide. Divide by n·q in every step.",
+        ),
+        Wrong(
+            stepping(lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0), s, noise) / len(rows)),
+            "the step: you divide by the size of the batch, and an empty one divides by zero: then all weights are "
+            "NaN. "
+            "The size also changes when one record joins. Divide by n·q in every step.",
         ),
         Wrong(
             stepping(lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0), s, noise)),
