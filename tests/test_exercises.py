@@ -599,6 +599,34 @@ def batch_by_loop(n, q, generator):
     return torch.tensor([i for i in range(n) if torch.rand(1, generator=generator) < q], dtype=torch.int64)
 
 
+def loop_in_pytorch(
+    coins=lambda n, q, g: torch.rand(n, generator=g) < q,
+    noise=lambda P, g: torch.randn(P, generator=g),
+    factor=lambda norm, C: min(1.0, C / (norm + 1e-12)),
+    kept=lambda batch, model, weights: (batch, weights),
+):
+    """A DP-SGD loop without anything of the package, parameter by parameter."""
+
+    def loop(model, data, s, sampling, generator):
+        n, steps = len(data.y), []
+        rate, sizes = 1 / s.steps_per_epoch(n), [p.numel() for p in model.parameters()]
+        for _ in range(s.epochs * s.steps_per_epoch(n)):
+            batch = coins(n, rate, sampling).nonzero().flatten()
+            total = s.noise_multiplier * s.max_grad_norm * noise(sum(sizes), generator)
+            for i in batch.tolist():
+                model.zero_grad()
+                torch.nn.functional.cross_entropy(model(data.X[i : i + 1]), data.y[i : i + 1]).backward()
+                gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+                total = total + gradient * factor(gradient.norm().item(), s.max_grad_norm)
+            for p, part in zip(model.parameters(), total.split(sizes)):
+                p.data = p.data - s.lr * part.view_as(p).to(p.dtype) / (n * rate)
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            steps.append(kept(batch, model, weights))
+        return steps
+
+    return loop
+
+
 def clip_each(grads, C):
     return torch.stack([g * min(1.0, C / (g.norm().item() + 1e-6)) for g in grads])
 
@@ -677,11 +705,9 @@ RIGHT = [
     ("3.3", lambda: (ROWS, -ROWS[0])),
     ("3.3", lambda: [-ROWS.numpy(), ROWS[0].numpy()]),
     ("3.3", lambda: (ROWS.expand(3, 2), -ROWS[0])),
-    ("3.4", 0.47),
-    ("3.4", 0.466),
-    ("3.4", "46.6 %"),
-    ("3.4", "47%"),
-    ("3.4", np.float64(0.4661)),
+    ("3.4", loop_in_pytorch()),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.bernoulli(torch.full((n,), q), generator=g) > 0)),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: -torch.randn(P, dtype=torch.float64, generator=g))),
 ]
 WRONG = [
     ("1.1", step_in_place, "changes the model's weights"),
@@ -760,9 +786,24 @@ WRONG = [
     ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, generator=g) < q).squeeze(), "got torch.int64 of shape ()"),
     ("3.3", lambda: (ROWS.expand(4, 2), -ROWS[0]), "small, but not small enough"),
     ("3.3", lambda: (ROWS.expand(50, 2), -ROWS[0]), "hardly moves the mean"),
-    ("3.4", 46.6, "in percent"),
-    ("3.4", 47, "in percent"),
-    ("3.4", 20, "taken as percent: that is the prior"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: 1.4 * torch.randn(P, generator=g)), "times the standard deviation"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: torch.randn(1, generator=g).expand(P)), "the same in every coordinate"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: torch.rand(P, generator=g)), "move 4: "),
+    (
+        "3.4",
+        loop_in_pytorch(coins=lambda n, q, g: torch.rand(n, generator=g) < 2 * q),
+        "2 times as many records as n·q",
+    ),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.randperm(n, generator=g) < n * q), "always have the same size"),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.rand(n) < q), "do not come from `sampling`"),
+    ("3.4", loop_in_pytorch(factor=lambda norm, C: C / norm), "you make every row C long"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: batch), "a pair for each step"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (len(batch), weights)), "indices of records"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (batch, weights[:5])), "must be all weights in one row"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (batch, weights + 1)), "are not the model's"),
+    ("3.4", lambda *args: loop_in_pytorch()(*args) and None, "returns nothing"),
+    ("3.4", lambda *args: loop_in_pytorch()(*args)[:-1], "steps of"),
+    ("3.4", lambda *args: [loop_in_pytorch()(*args)[-1]] * args[2].epochs, "all your steps hold the same tensor"),
 ]
 
 

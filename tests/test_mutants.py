@@ -33,6 +33,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "3.2": {
         "…nerator=generator) < sample_rate -> …nerator=generator) <= sample_rate": "a float32 draw equals q with probability 2^-24"
     },
+    "3.4": {
+        "…(model.parameters()).detach() -> …(model.parameters())": "the weights are the same, and so is the next step"
+    },
     "4.2": {"0 -> -1": "zero epochs always fit, so a search that begins by asking for them finds the same"},
     "5.4": {
         "0.05 -> 0.1": "the learning rate is the learner's choice",
