@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from verdicts import unexpected
 
 import dpteach
-from dpteach import epsilon
+from dpteach import Data, epsilon
 from dpteach.exercises import budget, check, federated, flower, opacus
 
 # Right, in other ways
@@ -139,6 +139,29 @@ def client_level_by_opacus(noise_multiplier, clients, sampled, rounds, target_de
     return accountant.get_epsilon(target_delta)
 
 
+def parts_as_a_list(*args):
+    return list(opacus.make_it_private(*args))
+
+
+def shuffled_before(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+    loader = DataLoader(TensorDataset(X, y), batch_size, shuffle=True, generator=batches)
+    sgd = torch.optim.SGD(model.parameters(), lr)
+    strength = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, "noise_generator": noise}
+    return engine.make_private(module=model, optimizer=sgd, data_loader=loader, **strength)
+
+
+adam = opacus.parts(optimizer=torch.optim.Adam)
+
+
+def moves_the_weights_too(model, optimizer, loader):
+    for X, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+        for p in model.parameters():
+            p.data -= 0.01 * p.grad
+
+
 RIGHT = [
     ("4.1", price_in_numpy),
     ("4.1", price_by_a_ledger),
@@ -156,11 +179,13 @@ RIGHT = [
     ("4.3", np.array([0.5, 0.001, 1000])),
     ("4.4", "(b)"),
     ("4.4", "b)"),
-    ("5.1", "c)"),
-    ("5.1", " C. "),
-    ("5.2", "0.997"),
-    ("5.2", 1.0),
-    ("5.2", torch.tensor(0.997)),
+    ("5.1", parts_as_a_list),
+    ("5.1", shuffled_before),
+    ("5.2", opacus.script(poisson_sampling=False)),
+    ("5.2", opacus.script(use=lambda old, new: (*new[:2], old[2]))),
+    ("5.2", opacus.script(ask_after=1)),
+    ("5.2", opacus.script(forgets=True)),
+    ("5.2", opacus.script(moves_the_weights_too)),
     ("5.3", (256.0, 256.0)),
     ("5.3", [100, 100]),
     ("5.3", np.array([300, 300])),
@@ -237,6 +262,17 @@ WRONG = [
     ("4.2", no_next_epoch, "does its loop end?"),
     ("4.3", (0.001, 0.5, 1000), "in this order"),
     ("4.3", (10**400, 0.1, 10), "in this order"),
+    ("5.1", lambda engine, model, *rest: model, "must return three objects"),
+    ("5.1", lambda *args: parts_as_a_list(*args)[::-1], "in this order"),
+    ("5.1", opacus.parts(poisson_sampling=False), "right so far: model, optimizer. The loader: it is a plain"),
+    ("5.1", opacus.parts(clipping="per_layer", max_grad_norm=[0.35] * 4), "The optimizer: it clips to another norm"),
+    ("5.1", opacus.kept("model", "loader"), "right so far: optimizer. The loader: it is a plain"),
+    ("5.1", adam, "The optimizer: clipping and noise are right, and the step is not"),
+    ("5.2", opacus.train_private, "this ε is true"),
+    ("5.2", lambda *args: 1.0, "not the answer of an engine"),
+    ("5.2", opacus.changed(opacus.train_private, noise_multiplier=9.0), "something else"),
+    ("5.2", opacus.script(opacus.epoch(skip_empty=True)), "something else"),
+    ("5.2", opacus.script(use=lambda old, new: (new[0], old[1], new[2])), "Opacus refuses"),
     ("5.3", (10**400, 10**400), "whole numbers"),
     ("5.3", (256.5, 256), "whole numbers"),
     ("5.3", "25", "at least 100"),
@@ -301,7 +337,7 @@ def trains(
     target_delta,
     *,
     dataset=None,
-    collate_fn=lambda batch: batch,
+    collate_fn=None,
     optimizer=torch.optim.SGD,
     accountant="prv",
     epoch=opacus.EPOCH,
@@ -354,7 +390,7 @@ def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
 def each_epoch_makes_private_again(
     PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta
 ):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
+    loader = DataLoader(data, batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()
     for _ in range(epochs):
@@ -379,7 +415,7 @@ GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
         {},
         {"accountant": "rdp"},
         {"optimizer": torch.optim.Adam},
-        {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
+        {"dataset": lambda data: Data(*data.tensors), "collate_fn": lambda batch: batch},
         {"epoch": in_small_pieces},
         {"epoch": with_the_criterion, **GHOST},
         {"poisson_sampling": True},
@@ -406,15 +442,6 @@ def leaves_out_nan(model, optimizer, loader):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-def moves_the_weights_too(model, optimizer, loader):
-    for X, y in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), y).backward()
-        optimizer.step()
-        for p in model.parameters():
-            p.data -= 0.01 * p.grad
 
 
 def first_batch_only(model, optimizer, loader):
