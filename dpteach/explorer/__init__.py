@@ -17,9 +17,10 @@ from dpteach.explorer.explorer import Explorer
 from dpteach.explorer.federated import FederatedExplorer
 from dpteach.explorer.live import Viewer
 from dpteach.explorer.playground import Playground
+from dpteach.explorer.prediction import Prediction, predictions
 from dpteach.explorer.scenes import Scene, scenes
 from dpteach.explorer.surface import SurfaceExplorer
 from dpteach.explorer.training import Kept, Run
 
 __all__ = ["RANGES", "Explorer", "FederatedExplorer", "Kept", "Playground", "Range", "Run", "Scene", "SurfaceExplorer"]
-__all__ += ["Viewer", "scenes"]
+__all__ += ["Prediction", "Viewer", "predictions", "scenes"]

@@ -93,13 +93,20 @@ class Slider:
         if name in _CHANGES_EPSILON:
             self.widget.add_class(f"dpteach-{'costs' if _CHANGES_EPSILON[name] else 'free'}")
         self.show_digits(start)
+        self._ticks = widgets.HTML()
+        self.row = widgets.VBox([self.widget, self._ticks])
+        self.mark((start, "▴"))
+
+    def mark(self, *marks: tuple[float, str]) -> None:
+        """Show the ticks, and at each of these values its sign; a value outside the slider stands at its end."""
+        limits = self._limits
+        signs = [(tick, "i", tick_text(tick)) for tick in ticks(limits.low, limits.high, limits.log, 3)]
+        signs += [(value, "b", sign) for value, sign in marks]
         scale = math.log10 if limits.log else float
-        signs = [(tick, "i", tick_text(tick)) for tick in ticks(low, high, limits.log, 3)] + [(start, "b", "▴")]
-        places = [(100 * (scale(x) - scale(low)) / ((scale(high) - scale(low)) or 1), *sign) for x, *sign in signs]
-        marks = "".join(f'<{tag} style="left:{place:.1f}%">{words}</{tag}>' for place, tag, words in places)
-        self.row = widgets.VBox(
-            [self.widget, widgets.HTML(f'<div class="dpteach-ticks" aria-hidden="true">{marks}</div>')]
-        )
+        low, high = scale(limits.low), scale(limits.high)
+        spots = [((scale(min(max(x, limits.low), limits.high)) - low) / ((high - low) or 1), t, w) for x, t, w in signs]
+        row = "".join(f'<{tag} style="left:{100 * spot:.1f}%">{words}</{tag}>' for spot, tag, words in spots)
+        self._ticks.value = f'<div class="dpteach-ticks" aria-hidden="true">{row}</div>'
 
     @property
     def value(self) -> float:
