@@ -158,7 +158,8 @@ def privacy_loss(*, noise_multiplier: float, sample_rate: float, steps: int) -> 
     step = np.diff(below.numpy(), append=1.0)
     drift = float(_divergences(sigma, q, (1.0,))[0]) - losses @ step  # what rounding did to the mean
     whole = np.fft.irfft(np.fft.rfft(np.fft.ifftshift(step)) ** steps, points)
-    return losses + steps * drift, np.maximum(np.fft.fftshift(whole), 0.0)
+    whole = np.where(whole > 1e-15, whole, 0.0)  # below that there are only rounding errors
+    return losses + steps * drift, np.fft.fftshift(whole)
 
 
 def noise_multiplier_for(
