@@ -323,97 +323,7 @@ exercise_4_2 = _in_two_parts(
     ],
 )
 
-# 4.3: ε = 0, and records on the street
-
-
-def leak(n, delta, generator):
-    return (torch.rand(n, generator=generator) < delta).nonzero().flatten()
-
-
-_PEOPLE, _DELTA, _TIMES = 60, 0.05, 3000
-
-
-def _published(fn: Any, n: int, delta: float, times: int) -> tuple[np.ndarray, float]:
-    """How often each of n people is published, and how often anybody is."""
-    counts, generator = np.zeros(n), torch.Generator().manual_seed(0)
-    anybody = 0
-    for _ in range(times):
-        given = attempted(fn(n, delta, generator))
-        try:
-            whom = [float(k) for k in torch.as_tensor(given).flatten()] if not isinstance(given, set) else [*given]
-        except Exception:
-            raise Complaint(
-                "your function must return the numbers of the published people, as a list or tensor."
-            ) from None
-        if any(k != int(k) or not 0 <= k < n for k in whom) or len(set(whom)) < len(whom):
-            raise Complaint(
-                f"the people are the numbers 0 to n - 1, each at most once: for n = {n} you returned {whom[:5]}."
-            )
-        counts[[int(k) for k in whom]] += 1
-        anybody += bool(whom)
-    return counts / times, anybody / times
-
-
-def _what_leaks(fn: Any) -> str:
-    """A word for whom ``fn`` publishes."""
-    often, anybody = _published(fn, _PEOPLE, _DELTA, _TIMES)
-    if anybody == 0:
-        return "nobody"
-    if often.max() > 0.99:
-        return "one surely" if often.min() < 0.99 else "all"
-    if often.max() > _DELTA + 5 * math.sqrt(_DELTA / _TIMES):
-        return "one person" if np.median(often) < often.max() / 4 else "too often"
-    if often.sum() < 0.8 * _PEOPLE * _DELTA:
-        return "too few"
-    more, _ = _published(fn, _PEOPLE, 4 * _DELTA, _TIMES // 4)
-    return "right" if more.sum() > 3.2 * _PEOPLE * _DELTA and more.max() < 6 * _DELTA else "no delta"
-
-
-exercise_4_3 = open_ended(
-    "4.3",
-    hint="Leaving somebody out may change the probability of any outcome by at most δ. So with which probability may "
-    "that person be published? `torch.rand(n, generator=generator)` draws n numbers between 0 and 1.",
-    reference=leak,
-    describe=_what_leaks,
-    wrong={
-        "nobody": Wrong(
-            lambda n, delta, generator: [],
-            "nobody is ever published. That is private, but it breaks nothing. δ allows you more.",
-        ),
-        "all": Wrong(
-            lambda n, delta, generator: list(range(n)),
-            "everybody is published each time. Leaving you out changes a probability from 1 to 0: that needs δ = 1.",
-        ),
-        "one surely": Wrong(
-            lambda n, delta, generator: [0],
-            "one person is published each time: for that person δ = 1. The promise is made to everybody.",
-        ),
-        "one person": Wrong(
-            lambda n, delta, generator: [0] if torch.rand(1, generator=generator) < 10 * delta else [],
-            "one person is published much more often than the others, and with a probability above δ. The promise is "
-            "made to everybody: at most δ for each.",
-        ),
-        "too often": Wrong(
-            lambda n, delta, generator: torch.randperm(n, generator=generator)[: n // 5],
-            "each person is published with a probability above δ, so ε = 0 does not hold at this δ.",
-        ),
-        "too few": Wrong(
-            lambda n, delta, generator: [int(torch.rand(1, generator=generator) * n)],
-            "the promise holds, but you publish fewer people than δ allows: n·δ of them on average. One random person "
-            "each time is only 1/n for each.",
-        ),
-        "no delta": Wrong(
-            lambda n, delta, generator: (torch.rand(n, generator=generator) < 0.05).nonzero().flatten(),
-            "for one δ this is right, but what you publish does not follow δ. Use the δ that is given.",
-        ),
-    },
-    praise="ε = 0, at exactly this δ, and whole records on the street. ε does not see that. A δ well below 1/n makes "
-    "it unlikely that this happens to anybody at all.",
-    solution=f"```python\n{inspect.getsource(leak).strip()}\n```\n\n"
-    "Publishing *everybody*, with probability δ, keeps the same promise.",
-)
-
-# 4.4 to 4.6: an accountant
+# 4.3 to 4.5: an accountant
 
 
 def step_rdp(sigma, q, alpha):
@@ -425,7 +335,7 @@ def step_rdp(sigma, q, alpha):
 
 
 def summed(choose=math.comb, exponent=lambda k, sigma: k * (k - 1) / (2 * sigma**2), first=0, missing=0, end=None):
-    """An answer to 4.4 that differs in a part of its sum."""
+    """An answer to 4.3 that differs in a part of its sum."""
 
     def answer(sigma, q, alpha):
         terms = [
@@ -450,8 +360,8 @@ def _by_exp(sigma, q, alpha):
 
 _STEPS = [(1.0, 1 / 79, 2), (1.2, 0.05, 16), (2.0, 0.3, 32), (0.7, 0.1, 63), (4.0, 0.5, 7)]
 
-exercise_4_4 = coding(
-    "4.4",
+exercise_4_3 = coding(
+    "4.3",
     hint="The terms become too large for `math.exp`, so add their logarithms: `math.log(math.comb(alpha, k)) + (alpha "
     "- k) * math.log(1 - q) + …`, for k = 0 to α. `np.logaddexp.reduce(list_of_logs)` is the logarithm of the sum.",
     reference=step_rdp,
@@ -537,8 +447,8 @@ def epsilon_of_order(alpha, rdp_of_a_step, steps, delta):
 
 _ORDERS = [(2, 0.1, 10, 1e-5), (16, 0.002, 790, 1e-6), (63, 0.03, 5, 1e-3), (5, 0.0, 100, 0.5), (32, 1.7, 1, 1e-8)]
 
-exercise_4_5 = coding(
-    "4.5",
+exercise_4_4 = coding(
+    "4.4",
     hint="Three parts: what all the steps cost together, and the two terms of the conversion. `math.log` is the "
     "natural logarithm. Nothing of the conversion is multiplied by the steps.",
     reference=epsilon_of_order,
@@ -605,7 +515,7 @@ def my_epsilon(sigma, q, steps, delta):
 
 
 def searched(orders, pick=min, step=step_rdp, convert=epsilon_of_order):
-    """An answer to 4.6 that differs in a part of its search."""
+    """An answer to 4.5 that differs in a part of its search."""
 
     def answer(sigma, q, steps, delta):
         return max(0.0, pick([convert(a, step(sigma, q, a), steps, delta) for a in orders]))
@@ -616,8 +526,8 @@ def searched(orders, pick=min, step=step_rdp, convert=epsilon_of_order):
 _RUNS = [(1.0, 1 / 79, 790, 1e-5), (0.4, 0.6, 20, 1e-5), (8.0, 0.002, 50, 1e-6), (1.2, 0.004, 235, 1e-5)]
 _RUNS += [(6.0, 0.01, 3, 0.2)]
 
-exercise_4_6 = coding(
-    "4.6",
+exercise_4_5 = coding(
+    "4.5",
     hint="For each α from 2 to 63 call your two functions, and take the smallest ε. Where that is below 0, the answer "
     "is 0.",
     reference=my_epsilon,
@@ -667,11 +577,11 @@ exercise_4_6 = coding(
         ),
         Wrong(
             searched(range(2, 64), convert=lambda a, rdp, steps, delta: steps * rdp - math.log(delta) / (a - 1)),
-            "right search, with the conversion of 2017. Use your `epsilon_of_order` of exercise 4.5.",
+            "right search, with the conversion of 2017. Use your `epsilon_of_order` of exercise 4.4.",
         ),
         Wrong(
             searched(range(2, 64), step=lambda sigma, q, a: a / (2 * sigma**2)),
-            "you charged every step as if it used all the records. Use your `step_rdp` of exercise 4.4, with q.",
+            "you charged every step as if it used all the records. Use your `step_rdp` of exercise 4.3, with q.",
         ),
         Wrong(
             lambda sigma, q, steps, delta: my_epsilon(sigma, q, 1, delta),
@@ -681,7 +591,196 @@ exercise_4_6 = coding(
     praise="an accountant, in three functions. Opacus' RDP accountant does the same with some more orders.",
 )
 
-# 4.7: an ε that is not a bound
+# 4.6: ε = 0, and records on the street
+
+
+def leak(n, delta, generator):
+    return (torch.rand(n, generator=generator) < delta).nonzero().flatten()
+
+
+_PEOPLE, _DELTA, _TIMES = 60, 0.05, 3000
+
+
+def _published(fn: Any, n: int, delta: float, times: int) -> tuple[np.ndarray, float]:
+    """How often each of n people is published, and how often anybody is."""
+    counts, generator = np.zeros(n), torch.Generator().manual_seed(0)
+    anybody = 0
+    for _ in range(times):
+        given = attempted(fn(n, delta, generator))
+        try:
+            whom = [float(k) for k in torch.as_tensor(given).flatten()] if not isinstance(given, set) else [*given]
+        except Exception:
+            raise Complaint(
+                "your function must return the numbers of the published people, as a list or tensor."
+            ) from None
+        if any(k != int(k) or not 0 <= k < n for k in whom) or len(set(whom)) < len(whom):
+            raise Complaint(
+                f"the people are the numbers 0 to n - 1, each at most once: for n = {n} you returned {whom[:5]}."
+            )
+        counts[[int(k) for k in whom]] += 1
+        anybody += bool(whom)
+    return counts / times, anybody / times
+
+
+def _what_leaks(fn: Any) -> str:
+    """A word for whom ``fn`` publishes."""
+    often, anybody = _published(fn, _PEOPLE, _DELTA, _TIMES)
+    if anybody == 0:
+        return "nobody"
+    if often.max() > 0.99:
+        return "one surely" if often.min() < 0.99 else "all"
+    if often.max() > _DELTA + 5 * math.sqrt(_DELTA / _TIMES):
+        return "one person" if np.median(often) < often.max() / 4 else "too often"
+    if often.sum() < 0.8 * _PEOPLE * _DELTA:
+        return "too few"
+    more, _ = _published(fn, 2 * _PEOPLE, 4 * _DELTA, _TIMES // 4)
+    return "right" if more.sum() > 6.4 * _PEOPLE * _DELTA and more.max() < 6 * _DELTA else "no delta"
+
+
+exercise_4_6 = open_ended(
+    "4.6",
+    hint="Leaving somebody out may change the probability of any outcome by at most δ. So with which probability may "
+    "that person be published? `torch.rand(n, generator=generator)` draws n numbers between 0 and 1.",
+    reference=leak,
+    describe=_what_leaks,
+    wrong={
+        "nobody": Wrong(
+            lambda n, delta, generator: [],
+            "nobody is ever published. That is private, but it breaks nothing. δ allows you more.",
+        ),
+        "all": Wrong(
+            lambda n, delta, generator: list(range(n)),
+            "everybody is published each time. Leaving you out changes a probability from 1 to 0: that needs δ = 1.",
+        ),
+        "one surely": Wrong(
+            lambda n, delta, generator: [0],
+            "one person is published each time: for that person δ = 1. The promise is made to everybody.",
+        ),
+        "one person": Wrong(
+            lambda n, delta, generator: [0] if torch.rand(1, generator=generator) < 10 * delta else [],
+            "one person is published much more often than the others, and with a probability above δ. The promise is "
+            "made to everybody: at most δ for each.",
+        ),
+        "too often": Wrong(
+            lambda n, delta, generator: torch.randperm(n, generator=generator)[: n // 5],
+            "each person is published with a probability above δ, so ε = 0 does not hold at this δ.",
+        ),
+        "too few": Wrong(
+            lambda n, delta, generator: [int(torch.rand(1, generator=generator) * n)],
+            "the promise holds, but you publish fewer people than δ allows: n·δ of them on average. One random person "
+            "each time is only 1/n for each.",
+        ),
+        "no delta": Wrong(
+            lambda n, delta, generator: (torch.rand(n, generator=generator) < 0.05).nonzero().flatten(),
+            "for one n and δ this is right, but not for others. Use the n and the δ that are given.",
+        ),
+    },
+    praise="ε = 0, at exactly this δ, and whole records on the street. ε does not see that. A δ well below 1/n makes "
+    "it unlikely that this happens to anybody at all.",
+    solution=f"```python\n{inspect.getsource(leak).strip()}\n```\n\n"
+    "Publishing *everybody*, with probability δ, keeps the same promise.",
+)
+
+# 4.7: the distribution of a whole run
+
+
+def delta_of_run(losses, probabilities, steps, eps):
+    whole = np.ones(1)
+    for _ in range(steps):
+        whole = np.convolve(whole, probabilities)
+    width = losses[1] - losses[0]
+    sums = steps * losses[0] + width * np.arange(len(whole))
+    return float(whole @ np.maximum(0, 1 - np.exp(eps - sums)))
+
+
+def folded_by(folds=lambda steps: steps, first=lambda losses, steps: steps * losses[0], width=None, count=None):
+    """An answer to 4.7 that differs in a part."""
+
+    def answer(losses, probabilities, steps, eps):
+        whole = np.ones(1)
+        for _ in range(folds(steps)):
+            whole = np.convolve(whole, probabilities)
+        sums = first(losses, steps) + (width or losses[1] - losses[0]) * np.arange(len(whole))
+        return float(whole @ (count or (lambda over: np.maximum(0, 1 - np.exp(-over))))(sums - eps))
+
+    return answer
+
+
+def _one(losses, probabilities, eps):
+    return float(probabilities @ np.maximum(0, 1 - np.exp(eps - losses)))
+
+
+def _same_length(losses, probabilities, steps, eps):
+    whole = np.array(probabilities)
+    for _ in range(steps - 1):
+        whole = np.convolve(whole, probabilities, mode="same")
+    return _one(losses, whole, eps)
+
+
+_FOLDED = [
+    (np.array([-0.5, 0.0, 0.5, 1.0]), np.array([0.3, 0.4, 0.2, 0.1]), 5, 1.2),
+    (np.linspace(-0.2, 0.4, 7), np.array([0.25, 0.3, 0.2, 0.1, 0.05, 0.05, 0.05]), 12, 0.9),
+    (np.array([-1.0, 1.0]), np.array([0.4, 0.6]), 2, 0.5),
+]
+
+exercise_4_7 = coding(
+    "4.7",
+    hint="`np.convolve(a, b)` gives the probabilities of the sum of two numbers from their probabilities. Begin with "
+    "`np.ones(1)`, a run of no steps, and fold once a step. The smallest sum is `steps * losses[0]`, and the sums lie "
+    "as far apart as the losses do.",
+    reference=delta_of_run,
+    inputs=calls(*_FOLDED),
+    rtol=1e-7,
+    atol=1e-9,
+    wrong=[
+        Wrong(
+            lambda losses, probabilities, steps, eps: _one(steps * losses, probabilities, eps),
+            "you multiplied each loss by the steps, as if every step had the luck of the first one. The steps are "
+            "independent: fold their distributions.",
+        ),
+        Wrong(
+            lambda losses, probabilities, steps, eps: steps * _one(losses, probabilities, eps / steps),
+            "you gave each step its part of ε and added up their δ. That is the plain sum rule: a bound, but a loose "
+            "one. Fold the distributions.",
+        ),
+        Wrong(
+            lambda losses, probabilities, steps, eps: _one(losses, probabilities, eps),
+            "this is the δ of one step. Fold its distribution with itself, once a step.",
+        ),
+        Wrong(
+            folded_by(first=lambda losses, steps: losses[0]),
+            "the grid of your sums begins at the smallest loss of *one* step. The smallest sum is `steps * losses[0]`.",
+        ),
+        Wrong(
+            folded_by(folds=lambda steps: steps - 1, first=lambda losses, steps: (steps - 1) * losses[0]),
+            "you folded one time too few: this is the run without its last step.",
+        ),
+        Wrong(
+            folded_by(folds=lambda steps: steps + 1, first=lambda losses, steps: (steps + 1) * losses[0]),
+            "you folded one time too often. Begin with `np.ones(1)`, a run of no steps, not with one step.",
+        ),
+        Wrong(
+            folded_by(folds=lambda steps: steps + 1),
+            "you folded one time too often. Begin with `np.ones(1)`, a run of no steps, not with one step.",
+        ),
+        Wrong(
+            folded_by(width=1.0), "your sums lie 1 apart. They lie as far apart as the losses: `losses[1] - losses[0]`."
+        ),
+        Wrong(_same_length, '`mode="same"` cuts the ends off, and the tail is what counts here. Leave the mode away.'),
+        Wrong(
+            folded_by(count=lambda over: (over > 0).astype(float)),
+            "this is how often the loss exceeds ε. A sum L counts 1 - exp(ε - L) where that is positive.",
+        ),
+        Wrong(
+            folded_by(count=lambda over: 1 - np.exp(-over)),
+            "sums below ε count as well, as negative numbers. They are covered: 0 for each of them.",
+        ),
+    ],
+    praise="a PLD accountant. Google's does the same with a Fourier transform, and rounds every loss up before it "
+    "begins.",
+)
+
+# 4.8: an ε that is not a bound
 
 _AT_LEAST, _AT_MOST = 0.5, 20.0
 
@@ -711,8 +810,8 @@ def _misled(answer: Any) -> str:
     return "too gentle" if gdp > 0.97 * prv else "too close"
 
 
-exercise_4_7 = open_ended(
-    "4.7",
+exercise_4_8 = open_ended(
+    "4.8",
     hint="GDP replaces the privacy loss of the whole run by a bell curve. That is wrong where few steps matter, each "
     "with little noise: try a noise multiplier of 1 or below, and a sampling rate of 0.01 or below. `compare(0.7, "
     "0.01, 500)` is a place to start.",
@@ -754,11 +853,11 @@ exercise_4_7 = open_ended(
     praise="GDP reports less than half of what the run costs. A step that rarely samples you, but with little noise "
     "when it does, has a privacy loss with a long tail, and GDP replaces it by a bell curve. Never publish GDP's "
     "number as a guarantee.",
-    solution="For example `answer_4_7 = (0.5, 0.001, 1000)`. A record is expected in one single batch of the thousand, "
+    solution="For example `answer_4_8 = (0.5, 0.001, 1000)`. A record is expected in one single batch of the thousand, "
     "but there the noise is only half the clipping norm.",
 )
 
-# 4.8: an ε that can't be
+# 4.9: an ε that can't be
 
 
 def impossible(claims, n, batch_size, noise_multiplier, target_delta):
@@ -791,14 +890,14 @@ def judged(rounding=math.ceil, guilty=lambda printed, cost: printed + 0.02 < cos
 
 
 _CLAIMS = [  # in the first row PRV says 1.00, 1.61 and 2.89, RDP 3.18 at the end
-    ({1: 1.0, 3: 1.58, 10: 3.0}, 2000, 300, 2.0, 1e-5),
+    ({1: 1.0, 3: 1.575, 10: 3.0}, 2000, 300, 2.0, 1e-5),
     ({2: 0.7, 4: 0.9}, 1200, 100, 1.5, 1e-4),
-    ({5: 2.0, 6: 2.7}, 1201, 300, 2.5, 1e-6),
+    ({3: 0.3, 5: 2.0, 6: 2.5, 8: 3.1}, 1201, 300, 2.5, 1e-6),
     ({1: 2.9, 2: 9.0}, 600, 150, 1.3, 1e-5),
 ]
 
-exercise_4_8 = coding(
-    "4.8",
+exercise_4_9 = coding(
+    "4.9",
     hint="For each epoch: how many steps, and at which sampling rate? `epsilon` then says what they cost, by PRV if "
     "you name no accountant. `claims.items()` gives the pairs (epoch, printed ε).",
     reference=impossible,
@@ -862,13 +961,5 @@ exercise_4_8 = coding(
     "wrong.",
 )
 
-EXERCISES = [
-    exercise_4_1,
-    exercise_4_2,
-    exercise_4_3,
-    exercise_4_4,
-    exercise_4_5,
-    exercise_4_6,
-    exercise_4_7,
-    exercise_4_8,
-]
+EXERCISES = [exercise_4_1, exercise_4_2, exercise_4_3, exercise_4_4, exercise_4_5]
+EXERCISES += [exercise_4_6, exercise_4_7, exercise_4_8, exercise_4_9]
