@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus.accountants import RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, TensorDataset
 from verdicts import unexpected
@@ -21,27 +22,63 @@ from dpteach.exercises import budget, check, federated, flower, opacus
 # Right, in other ways
 
 
-def price_in_numpy(n, batch_size, epochs, noise_multiplier, target_delta):
-    steps = -(-n // batch_size)
-    return np.float64(
-        dpteach.epsilon_path(
-            noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps, target_delta=target_delta
-        )[-1]
-    )
+def share_above_by_where(losses, eps):
+    return torch.where(losses > eps, -torch.expm1(eps - losses), 0.0).sum() / len(losses)
 
 
-def price_by_a_ledger(n, batch_size, epochs, noise_multiplier, target_delta):
-    ledger, steps = dpteach.Ledger(), (n + batch_size - 1) // batch_size
-    for _ in range(epochs):
+def share_above_in_numpy(losses, eps):
+    kept = losses.numpy()[losses.numpy() > eps]
+    return np.sum(1 - np.exp(eps - kept)) / len(losses)
+
+
+def step_rdp_by_opacus(sigma, q, alpha):
+    return compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[alpha])[0]
+
+
+def step_rdp_by_a_loop(sigma, q, alpha):
+    whole = torch.tensor(-math.inf, dtype=torch.float64)
+    for k in range(alpha + 1):
+        ways = math.lgamma(alpha + 1) - math.lgamma(k + 1) - math.lgamma(alpha - k + 1)
+        term = ways + (alpha - k) * math.log1p(-q) + k * math.log(q) + (k * k - k) / 2 / sigma / sigma
+        whole = torch.logaddexp(whole, torch.tensor(term, dtype=torch.float64))
+    return whole / (alpha - 1)
+
+
+def order_by_another_formula(alpha, rdp_of_a_step, steps, delta):
+    return np.float64(steps * rdp_of_a_step + np.log((alpha - 1) / alpha) + np.log(1 / (delta * alpha)) / (alpha - 1))
+
+
+def my_epsilon_in_a_loop(sigma, q, steps, delta):
+    best = math.inf
+    for alpha in range(2, 64):
+        best = min(best, order_by_another_formula(alpha, step_rdp_by_opacus(sigma, q, alpha), steps, delta))
+    return torch.tensor(max(best, 0))
+
+
+def all_or_nobody(n, delta, generator):
+    return range(n) if torch.rand(1, generator=generator) < delta else []
+
+
+def leak_in_a_loop(n, delta, generator):
+    return {k for k in range(n) if torch.rand((), generator=generator) < delta}
+
+
+def folded_by_squaring(losses, probabilities, steps, eps):
+    whole, power, left = np.ones(1), np.array(probabilities), steps
+    while left:
+        whole = np.convolve(whole, power) if left % 2 else whole
+        power, left = np.convolve(power, power), left // 2
+    sums = np.linspace(steps * losses[0], steps * losses[-1], len(whole))
+    return (whole[sums > eps] * -np.expm1(eps - sums[sums > eps])).sum()
+
+
+def impossible_by_a_ledger(claims, n, batch_size, noise_multiplier, target_delta):
+    found, ledger, steps = [], dpteach.Ledger(), -(-n // batch_size)
+    for epoch in range(1, max(claims) + 1):
         ledger.charge(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=steps)
-    return torch.tensor(ledger.epsilon(target_delta=target_delta, accountant="rdp"))
-
-
-def price_by_opacus(n, batch_size, epochs, noise_multiplier, target_delta):
-    steps, accountant = math.ceil(n / batch_size), RDPAccountant()
-    for _ in range(epochs * steps):
-        accountant.step(noise_multiplier=noise_multiplier, sample_rate=1 / steps)
-    return accountant.get_epsilon(delta=target_delta)
+        if epoch in claims and ledger.epsilon(target_delta=target_delta) - claims[epoch] > 0.02:
+            found.append(np.int64(epoch))
+    return tuple(found)
 
 
 def epochs_from_above(budget_, n, batch_size, noise_multiplier, target_delta):
@@ -163,9 +200,16 @@ def moves_the_weights_too(model, optimizer, loader):
 
 
 RIGHT = [
-    ("4.1", price_in_numpy),
-    ("4.1", price_by_a_ledger),
-    ("4.1", price_by_opacus),
+    ("4.1", share_above_by_where),
+    ("4.1", share_above_in_numpy),
+    ("4.3", step_rdp_by_opacus),
+    ("4.3", step_rdp_by_a_loop),
+    ("4.4", order_by_another_formula),
+    ("4.5", my_epsilon_in_a_loop),
+    ("4.6", all_or_nobody),
+    ("4.6", leak_in_a_loop),
+    ("4.7", folded_by_squaring),
+    ("4.9", impossible_by_a_ledger),
     ("4.2", epochs_from_above),
     ("4.2", epochs_by_another_rounding),
     ("6.1", average_in_numpy),
@@ -174,11 +218,9 @@ RIGHT = [
     ("6.3", rounds_charged_step_by_step),
     ("7.1", report_in_a_loop),
     ("7.3", client_level_by_opacus),
-    ("4.3", [0.5, 0.001, 1000.0]),
-    ("4.3", torch.tensor([0.5, 0.001, 1000.0])),
-    ("4.3", np.array([0.5, 0.001, 1000])),
-    ("4.4", "(b)"),
-    ("4.4", "b)"),
+    ("4.8", [0.5, 0.001, 1000.0]),
+    ("4.8", torch.tensor([0.5, 0.001, 1000.0])),
+    ("4.8", np.array([0.5, 0.001, 1000])),
     ("5.1", parts_as_a_list),
     ("5.1", shuffled_before),
     ("5.2", opacus.script(poisson_sampling=False)),
@@ -254,14 +296,32 @@ def charges_in_except(ledger, train_one_round, rounds, noise_multiplier, sample_
     return path
 
 
+def step_rdp_by_math_exp(sigma, q, alpha):
+    ways = ((math.comb(alpha, k) * (1 - q) ** (alpha - k) * q**k, k) for k in range(alpha + 1))
+    return math.log(sum(share * math.exp(k * (k - 1) / (2 * sigma**2)) for share, k in ways)) / (alpha - 1)
+
+
 WRONG = [
-    ("4.1", lambda n, b, *rest: budget.price(n, b, *rest) if n / b % 1 > 0.5 or n % b == 0 else 0.0, "too low"),
+    ("4.1", lambda losses, eps: losses.clamp(min=eps).mean().item() - eps, "how far each loss exceeds"),
+    ("4.1", lambda losses, eps: 1 - torch.exp(eps - losses), "must return a number"),
     ("4.2", search_in(10), "ends at 9"),
     ("4.2", search_in(101), "ends at 100"),
     ("4.2", search_in(31), "too low"),
     ("4.2", no_next_epoch, "does its loop end?"),
-    ("4.3", (0.001, 0.5, 1000), "in this order"),
-    ("4.3", (10**400, 0.1, 10), "in this order"),
+    ("4.3", step_rdp_by_math_exp, "OverflowError"),
+    ("4.3", lambda sigma, q, alpha: math.log10(math.exp(1)) * budget.step_rdp(sigma, q, alpha), "too low"),
+    ("4.4", lambda *run: -budget.epsilon_of_order(*run), "too"),
+    ("4.5", lambda *run: budget.my_epsilon(*run) + 1e-5, "too high"),
+    ("4.6", lambda n, delta, generator: [n], "the numbers 0 to n - 1"),
+    ("4.6", lambda n, delta, generator: [0, 0], "at most once"),
+    ("4.6", lambda n, delta, generator: "all", "as a list or tensor"),
+    ("4.6", lambda n, delta, generator: torch.randperm(n, generator=generator)[:1], "fewer people than δ allows"),
+    ("4.6", lambda n, delta, generator: [3], "one person is published each time"),
+    ("4.7", lambda losses, p, steps, eps: budget.delta_of_run(losses, p, steps, eps) ** 2, "too low"),
+    ("4.8", (0.001, 0.5, 1000), "in this order"),
+    ("4.8", (10**400, 0.1, 10), "in this order"),
+    ("4.9", lambda claims, *run: [], "must return 1 values"),
+    ("4.9", lambda claims, *run: [claims[e] for e in budget.impossible(claims, *run)], "too low"),
     ("5.1", lambda engine, model, *rest: model, "must return three objects"),
     ("5.1", lambda *args: parts_as_a_list(*args)[::-1], "in this order"),
     ("5.1", opacus.parts(poisson_sampling=False), "right so far: model, optimizer. The loader: it is a plain"),

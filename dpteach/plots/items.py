@@ -258,21 +258,25 @@ class Points(Item):
 
 @dataclass(frozen=True)
 class Bars(Item):
-    """A histogram: ``edges`` has one value more than ``heights``."""
+    """A histogram: ``edges`` has one value more than ``heights``. ``sideways``: it stands on the upright axis."""
 
     edges: Values
     heights: Values
     role: str
     label: str = ""
+    sideways: bool = False
 
     def extent(self) -> tuple[Values, Values]:
-        return self.edges, np.append(array(self.heights), 0.0)
+        sides = self.edges, np.append(array(self.heights), 0.0)
+        return sides[::-1] if self.sideways else sides
 
     def draw(self, canvas, axes) -> None:
-        edges, base = axes.x(self.edges), axes.bottom
-        for left, right, top in zip(edges, edges[1:], axes.y(self.heights)):
+        along, up, base = (axes.y, axes.x, axes.left) if self.sideways else (axes.x, axes.y, axes.bottom)
+        edges = along(self.edges)
+        for left, right, top in zip(edges, edges[1:], up(self.heights)):
             if math.isfinite(top):
                 corners = np.array([[left, base], [left, top], [right, top], [right, base]])
+                corners = corners[:, ::-1] if self.sideways else corners
                 canvas.area(corners, self.colour, 0.45)
                 canvas.line(corners, self.colour, 1)
 
