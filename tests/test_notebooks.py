@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 publish = script("publish")
 SETUP = publish.set_up_cell(publish.address())
+minutes = script("minutes")
+NUMBER = r"\d\db?"  # 04, and its appendix 04b
 MAKES_LIVE = r"(\w+) = (?:dpteach\.)?(?:\w*Explorer|Viewer|Playground)\("
 
 
@@ -85,39 +87,68 @@ def test_every_picture_has_its_sentence_in_text_beside_it(notebook):
         assert all(len(p.data["text/plain"]) > 30 for p in pictures), cell.source
 
 
-def test_it_has_the_parts_of_a_lesson(path, notebook):
-    text = prose(notebook)
-    assert text.startswith(f"# {path.stem[:2]} · ")
-    for part in (
-        "You will be able to",
-        "minutes",
-        "## Sharp edges",
-        "## Test yourself",
-        "You can now",
-        "**Next:**",
-        "redict",
-    ):
-        assert part in text, part
-    assert text.split("## Test yourself")[1].count("<details>") >= 3
+def number(path) -> str:
+    return path.stem.partition("_")[0]
+
+
+def test_it_opens_as_every_notebook_does(path, notebook):
+    first = notebook.cells[0].source
+    title, *_ = first.splitlines()
+    assert re.fullmatch(rf"# {number(path)} · \S.*", title)
+    assert "\n\n**You will be able to**\n\n- " in first
+    assert 3 <= len(re.findall(r"^- ", first, re.MULTILINE)) <= 5
+    assert re.search(r"\n\n\*\*Takes about \d+ minutes", first)
+
+
+def test_its_sections_are_numbered_alike_and_it_closes_as_every_notebook_does(path, notebook):
+    headings = re.findall(r"^## (.+)$", re.sub("(?s)```.*?```", "", prose(notebook)), re.MULTILINE)
+    numbered = [h for h in headings if re.match(r"\d", h)]
+    assert [h.partition(" · ")[0] for h in numbered] == [str(k + 1) for k in range(len(numbered))] != []
+    end = ["Sharp edges", "Your predictions", "Test yourself", "What you can do now"]
+    if number(path) == "10":  # the playground
+        end.remove("Your predictions")
+    assert headings == [*numbered, *end]
+    last = notebook.cells[-1].source
+    places = [last.find(words) for words in ("**You can now", "**Next:**", "**Read on**", "**Look up**")]
+    assert places == sorted(places) and places[0] >= 0, places
+    test = prose(notebook).split("## Test yourself")[1]
+    assert [s[:2] for s in re.findall(r"<details><summary>(.+)", test)] == ["1.", "2.", "3."]
+
+
+def test_it_takes_an_hour_at_most_and_asks_for_a_few_guesses(path, notebook):
+    """By the counter of ``.ci/minutes``. A guess has a place to be written, and is shown beside the measurement."""
+    source = "\n".join(c.source for c in code(notebook))
+    asked = re.findall(r"^(\w+) = Prediction\(", source, re.MULTILINE)
+    if number(path) != "10":  # the playground
+        assert 45 <= minutes.minutes(path) <= 60, minutes.parts(path)
+        assert 3 <= len(asked) <= 5 and "predictions()" in source
+    assert [name for name in asked if f"{name}.show(" not in source] == []
+    assert "**Predict" not in prose(notebook)
 
 
 def test_its_exercises_have_a_box_a_check_and_a_folded_solution(path, notebook):
-    ids = [e.id for e in every() if e.id.split(".")[0] == str(int(path.stem[:2]))]
+    boxes = re.findall(r"^> \*\*Exercise ([\d.]+) · (.+?) · \d+ minutes · \w+\*\*$", prose(notebook), re.MULTILINE)
     sources = [c.source for c in code(notebook)]
-    for id in ids:
-        assert re.search(rf"> \*\*Exercise {re.escape(id)} · .+ · \d+ minutes · \w+\*\*", prose(notebook)), id
+    for id, _ in boxes:
+        assert id.split(".")[0] == str(int(number(path)[:2]))
         assert any(f'check("{id}"' in s for s in sources), id
         assert [c.source for c in notebook.cells if c.metadata.get("fold") == id] == [folded(id)], id
-    if path.stem[:2] in ("01", "02", "03", "04"):
-        assert len(ids) >= 3
+    assert len(set(boxes)) == len(boxes)
+    if number(path) != "10":
+        assert {"break it", "write code"} <= {kind for _, kinds in boxes for kind in kinds.split(" · ")}
+
+
+def test_each_exercise_stands_in_one_notebook():
+    boxes = [id for p in PATHS for id in re.findall(r"\*\*Exercise ([\d.]+) ·", prose(nbformat.read(p, as_version=4)))]
+    assert sorted(boxes) == sorted(e.id for e in every())
 
 
 def test_it_sends_nobody_to_a_notebook_that_is_not_there(notebook):
     text = "\n".join(c.source for c in notebook.cells)
-    named = set(re.findall(r"[Nn]otebooks? `?(\d\d)", text)) | set(
-        re.findall(r"[Nn]otebooks \d\d(?: to |–| and )(\d\d)", text)
+    named = set(re.findall(rf"[Nn]otebooks? `?({NUMBER})", text)) | set(
+        re.findall(rf"[Nn]otebooks {NUMBER}(?: to |–| and )({NUMBER})", text)
     )
-    assert named | set(re.findall(r"\b(\d\d)_[a-z]", text)) <= {p.stem[:2] for p in PATHS}
+    assert named | set(re.findall(rf"\b({NUMBER})_[a-z]", text)) <= {number(p) for p in PATHS}
 
 
 def prints(cell) -> list[ast.Call]:
@@ -126,11 +157,13 @@ def prints(cell) -> list[ast.Call]:
     return [call for call in calls if getattr(call.func, "id", "") == "print" and call.args]
 
 
-def test_no_number_is_printed_that_nothing_computed(notebook):
-    literal = [
-        call for c in code(notebook) for call in prints(c) if all(isinstance(a, ast.Constant) for a in call.args)
+def test_no_sentence_is_printed_where_a_measurement_was_promised(notebook):
+    """A ``print`` of nothing but words: with a number in it, or in a cell that asserts."""
+    cells = [(c, [p for p in prints(c) if all(isinstance(a, ast.Constant) for a in p.args)]) for c in code(notebook)]
+    canned = [
+        ast.unparse(p) for c, ps in cells for p in ps if "assert " in c.source or re.search(r"\d", ast.unparse(p))
     ]
-    assert [ast.unparse(call) for call in literal if re.search(r"\d", ast.unparse(call))] == []
+    assert canned == []
 
 
 @pytest.mark.parametrize("path", PATHS[:4], ids=[p.stem for p in PATHS[:4]])
@@ -142,21 +175,14 @@ def test_with_you_and_without_you_have_one_colour_each(path, notebook):
         )
     )
     assert all(role == ("private" if name.startswith(("with ", "members")) else "data") for role, name in drawn), drawn
-    assert drawn or path.stem[:2] == "02"
+    assert drawn or number(path) == "02"
 
 
 def test_it_calls_a_false_positive_by_one_name_and_sends_nobody_to_what_does_not_install(path, notebook):
     text = "\n".join(c.source for c in notebook.cells)
     assert re.findall(r"named by mistake|[Aa]ccus\w+|false accusation", text) == []
     # 05 shows what secure_mode does; nobody is sent to it.
-    assert path.stem[:2] == "05" or re.findall(r"torchcsprng|secure_mode", text) == []
-
-
-def test_the_readme_says_how_long_each_notebook_takes():
-    readme = (ROOT / "README.md").read_text(encoding="utf8")
-    rows = dict(re.findall(r"^\| \[.+\]\(notebooks/(\w+)\.ipynb\) \|.*\| (\d+) \|$", readme, re.MULTILINE))
-    says = {p.stem: re.search(r"about (\d+) minutes", prose(nbformat.read(p, as_version=4))).group(1) for p in PATHS}
-    assert rows == says
+    assert number(path) in ("05", "05b") or re.findall(r"torchcsprng|secure_mode", text) == []
 
 
 def test_the_readme_names_every_notebook():
@@ -167,8 +193,9 @@ def test_the_readme_names_every_notebook():
 @pytest.mark.parametrize("id", [e.id for e in every() if callable(e.reference)])
 def test_a_solution_that_is_pasted_into_its_notebook_is_right(id):
     """With the names that the notebook has imported by then, and no others."""
-    path = next(p for p in PATHS if int(p.stem[:2]) == int(id.split(".")[0]))
-    cells = code(nbformat.read(path, as_version=4))
+    cells = next(
+        c for c in (code(nbformat.read(p, as_version=4)) for p in PATHS) if any(f'check("{id}"' in x.source for x in c)
+    )
     names: dict = {}
     for cell in cells[: next(i for i, c in enumerate(cells) if f'check("{id}"' in c.source)]:
         for node in ast.parse(re.sub(r"^( *)%.*", r"\1pass", cell.source, flags=re.MULTILINE)).body:

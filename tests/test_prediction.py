@@ -104,3 +104,21 @@ def test_in_jupyterlab_a_guess_is_dragged_locked_and_answered(lab_folder, addres
     lab.look_at(1).cell.get_by_text("times too low").first.wait_for()
     assert lab.errors == [] and lab.failures() == []
     lab.close()
+
+
+def test_by_keyboard_alone_and_on_a_narrow_page_a_guess_is_made(lab_folder, address, browser):
+    lab = new_page(browser).open(address, new_notebook(lab_folder, "prediction-by-keyboard.ipynb", *CELLS))
+    lab.run_cell(0)
+    lab.run_cell(1)
+    lab.page.set_viewport_size({"width": 400, "height": 800})
+    handle = lab.look_at(1).cell.locator(".noUi-handle[aria-label='your guess']")
+    handle.focus()
+    lab.page.keyboard.press("ArrowRight")
+    for _ in range(2):  # over the number, which can be typed
+        lab.page.keyboard.press("Tab")
+    assert lab.page.evaluate("document.activeElement.textContent.trim()") == "Show"
+    lab.page.keyboard.press("Enter")
+    lab.cell.get_by_text("Go on and measure it.").first.wait_for()
+    box = lab.cell.locator(".dpteach").first
+    assert box.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+    lab.close()
