@@ -81,7 +81,7 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
     )
     # Without noise on the node, for the server to clip and add it, a ledger that the node names says so: ε is infinite.
     method = choice("method", node.get("method", run["method"]), PRIVATE) if run["privacy"] == "sample" else "sgd"
-    worker = Worker(_name(node), _records(node, run), settings, _ledger(node, method), method=method)
+    worker = Worker(_name(node), records(node, run), settings, _ledger(node, method), method=method)
     check_budget(node, worker)
     for _ in worker.train_round(model):  # charges the ledger first
         pass
@@ -133,8 +133,8 @@ def _name(node: dict) -> str:
     return str(node.get("name", f"client-{node.get('partition-id', 0):02d}"))
 
 
-def _records(node: dict, run: dict) -> Data:
-    """The node's own file where node-config names one (``data``), else its part of MNIST; the run may ask for fewer."""
+def records(node: dict, run: dict) -> Data:
+    """A node's own file where its config names one (``data``), else its part of MNIST; a run may ask for fewer."""
     if "data" in node:
         own = torch.load(node["data"], weights_only=True)
         data = Data(own["X"], own["y"])

@@ -1,5 +1,6 @@
 """A federation on this machine: SuperLink and SuperNodes on loopback ports, started, watched and ended."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -232,9 +233,10 @@ class _Local:
         return file.read_text(encoding="utf8", errors="replace") if file.exists() else ""
 
     def _last_words(self, name: str) -> str:
-        lines = [line.strip() for line in self._log(name).splitlines() if line.strip()]
+        stripped = (line.strip(" │╭╮╰╯─") for line in self._log(name).splitlines())  # Flower boxes its errors
+        lines = [line for line in stripped if line]
         errors = [line for line in lines if "Error: " in line or "Exception: " in line]
-        return f"Its last words: {(errors or lines)[-1]}" if lines else "It said nothing."
+        return f"Its last words: {errors[-1] if errors else ' '.join(lines[-3:])}" if lines else "It said nothing."
 
     def _lines(self, app: Path, config: dict, timeout: float, *options: str) -> Iterator[dict]:
         """The report of one run, line by line, as the server writes it."""
@@ -443,9 +445,10 @@ class Federation(_Local):
     def _note(self, who: str, what: str) -> None:
         """Write down an event, and before it the charges that no event has told yet."""
         for name in self.nodes:
-            charged = self._ledger_file(name).stat().st_mtime
-            if (charged, name, "charged") not in self.events and self.ledger(name).count:
-                self.events.append((charged, name, "charged"))
+            with contextlib.suppress(OSError, ValueError):  # gone, or damaged
+                charged = (self._ledger_file(name).stat().st_mtime, name, "charged")
+                if charged not in self.events and self.ledger(name).count:
+                    self.events.append(charged)
         self.events = sorted([*self.events, (time.time(), who, what)])
 
     def _kill(self, name: str) -> None:
