@@ -510,10 +510,6 @@ class Simulation(_Local):
         engine = f"num-supernodes={self.clients} client-resources-num-cpus=1"
         return self._lines(APP, config, timeout, "--federation-config", engine)
 
-    def memory(self) -> int:
-        """Bytes that the simulation's processes hold now; a page that some of them share counts once (PSS, Linux)."""
-        return sum(process.memory_full_info().pss for process in marked(self._mark))
-
     def _environment(self, name: str) -> dict[str, str]:
         from dpteach.flower.client_app import VARIABLE as NODES
 

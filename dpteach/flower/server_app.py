@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
+    Strategy,
 )
 
 from dpteach._checks import choice
@@ -59,20 +60,16 @@ class Strict:
         return super().aggregate_train(server_round, answers(server_round, replies, least))
 
 
-class ApartFedAvg(Strict, NamedFedAvg):
-    """Federated averaging of clients that are private by themselves."""
+def strict(strategy: type[Strategy]) -> type:
+    """The same strategy, :class:`Strict`."""
+    return type(f"Strict{strategy.__name__}", (Strict, strategy), {})
 
 
-class Central(Strict, DifferentialPrivacyServerSideFixedClipping):
-    """Flower's own central privacy: the server clips each client's update and adds the noise. Clients must trust it."""
-
-
-class CentralOfClipped(Strict, DifferentialPrivacyClientSideFixedClipping):
-    """The same, but each client clips; the server adds the noise, and trusts the clients to have clipped."""
-
-
-class CentralAdaptive(Strict, DifferentialPrivacyServerSideAdaptiveClipping):
-    """The same as :class:`Central`, with a norm that follows the clients' updates: half of them shall be clipped."""
+ApartFedAvg = strict(NamedFedAvg)
+# Flower's central privacy. Who clips: the server; each client; the server, to a norm that half of the updates exceed.
+Central = strict(DifferentialPrivacyServerSideFixedClipping)
+CentralOfClipped = strict(DifferentialPrivacyClientSideFixedClipping)
+CentralAdaptive = strict(DifferentialPrivacyServerSideAdaptiveClipping)
 
 
 def answers(server_round: int, replies: Iterable[Message], expected: int) -> list[Message]:
@@ -162,7 +159,7 @@ def run(grid: Grid, config: dict, report: Callable[[dict], None]) -> None:
     strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds, timeout=timeout, evaluate_fn=after)
 
 
-def central(strategy: FedAvg, config: dict) -> Central | CentralOfClipped | CentralAdaptive:
+def central(strategy: FedAvg, config: dict) -> Strategy:
     """The run's way to client-level privacy; Flower's accountant with it where Flower has one."""
     from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 
