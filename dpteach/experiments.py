@@ -6,6 +6,7 @@
 import copy
 import csv
 import functools
+import math
 import os
 import sys
 import time
@@ -253,6 +254,61 @@ def _twenty_clients() -> Iterator[dict]:
                 }
 
 
+def _client_level() -> Iterator[dict]:
+    """Privacy for a whole client in Flower's four ways: twenty virtual clients, 3,000 MNIST images each, ten rounds.
+
+    A row a round: ``clipping`` (as in the app's ``pyproject.toml``), ``noise_multiplier`` (σ that ``epsilon`` is of),
+    ``round, accuracy, epsilon`` (of a client, by RDP), ``target_delta, seconds`` so far. In the adaptive
+    way also the number of clipped updates gets noise, of a standard deviation of one client (Flower's default: a
+    twentieth of them). It counts fully: a client moves the count by one. (Flower's own split takes a half, as in the
+    paper, which counts ±1/2 for a client.)
+    """
+    from dpteach.flower import Simulation
+
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
+    delta, model = 1e-2, (1.0**-2 - 2.0**-2) ** -0.5  # σ of the model in the adaptive way, as Flower splits σ = 1
+    sigmas = {"server": 1.0, "client": 1.0, "adaptive": (model**-2 + 1.0**-2) ** -0.5}
+    sigmas["local"] = (2 * math.log(1.25 / delta)) ** 0.5  # of LocalDpMod, for ε = 1 a round
+    with Simulation(20) as simulation:
+        for clipping, sigma in sigmas.items():
+            for line in simulation.rounds(10, privacy="client", clipping=clipping, clipping_norm=1.0):
+                of: dict = {"noise_multiplier": sigma, "sample_rate": 1.0, "steps": line["round"]}
+                yield {
+                    "clipping": clipping,
+                    "noise_multiplier": round(sigma, 4),
+                    "target_delta": delta,
+                    "round": line["round"],
+                    "accuracy": line["accuracy"],
+                    "epsilon": round(epsilon(**of, target_delta=delta, accountant="rdp"), 4),
+                    "seconds": line["seconds"],
+                    **made_with,
+                }
+
+
+def _many_clients() -> Iterator[dict]:
+    """The app of the two workers, unchanged, on 10, 100 and 1,000 virtual clients with 60 MNIST images each.
+
+    A row a round: ``clients, round, accuracy, epsilon_of_the_worst`` (δ = 1e-5), ``seconds`` so far, and ``megabytes``
+    that all of the simulation's processes hold (PSS: a page that some of them share counts once; Linux).
+    """
+    from dpteach.flower import Simulation
+    from dpteach.flower.keeper import marked
+
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
+    for clients in (10, 100, 1000):
+        with Simulation(clients) as simulation:
+            for line in simulation.rounds(5, timeout=1800, records=60, batch_size=20, noise_multiplier=1.3):
+                yield {
+                    "clients": clients,
+                    "round": line["round"],
+                    "accuracy": line["accuracy"],
+                    "epsilon_of_the_worst": round(max(v for k, v in line.items() if k.startswith("epsilon/")), 4),
+                    "seconds": line["seconds"],
+                    "megabytes": round(sum(p.memory_full_info().pss for p in marked(simulation._mark)) / 1e6),
+                    **made_with,
+                }
+
+
 LADDER_SEEDS = 3  # a run takes about 90 processor seconds
 #: The rungs at ε = 3: model, batch size, learning rate, C, optimizer.
 LADDER = {
@@ -393,6 +449,8 @@ EXPERIMENTS = {
     "two-workers": _two_workers,
     "post-of-2020": _post,
     "twenty-clients": _twenty_clients,
+    "client-level": _client_level,
+    "many-clients": _many_clients,
     "accuracy-ladder": _ladder,
     "accuracy-record": _record,
     "speed": _speed,

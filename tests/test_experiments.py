@@ -100,6 +100,41 @@ def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
         assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
 
 
+def test_the_stored_clients_with_privacy_for_each_have_the_epsilon_that_the_accountant_gives():
+    rows = load("client-level")
+    ways = {row["clipping"]: row for row in rows if row["round"] == 10}
+    assert len(rows) == 40 and set(ways) == {"server", "client", "adaptive", "local"}
+    # the adaptive way publishes two things: the model, with the noise that Flower splits off for σ = 1, and the count
+    split = ((1.0**-2 - 2.0**-2) + 1.0**-2) ** -0.5
+    sigmas = {"server": 1.0, "client": 1.0, "adaptive": split, "local": math.sqrt(2 * math.log(1.25 / 1e-2))}
+    for row in rows:
+        assert row["noise_multiplier"] == pytest.approx(sigmas[row["clipping"]], abs=1e-4)
+        of = {"noise_multiplier": sigmas[row["clipping"]], "sample_rate": 1.0, "steps": int(row["round"])}
+        assert row["epsilon"] == pytest.approx(epsilon(**of, target_delta=1e-2, accountant="rdp"), rel=1e-4)
+    assert all(ways[way]["accuracy"] > 0.85 for way in ("server", "client", "adaptive"))
+    assert ways["local"]["accuracy"] < 0.2
+
+
+def test_flower_splits_the_noise_of_its_adaptive_way_as_the_stored_run_assumes():
+    pytest.importorskip("flwr")
+    from dpteach.flower import server_app
+
+    config = {"num-nodes": 20, "clipping": "adaptive", "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+    strategy = server_app.central(server_app.FedAvg(), config)
+    assert strategy.noise_multiplier == pytest.approx((1.0**-2 - 2.0**-2) ** -0.5)
+    assert strategy.clipped_count_stddev == 1.0
+
+
+def test_the_stored_thousand_clients_have_the_epsilon_of_each_and_a_better_model():
+    rows = load("many-clients")
+    assert [(row["clients"], row["round"]) for row in rows] == [(n, k) for n in (10, 100, 1000) for k in range(1, 6)]
+    for row in rows:  # 60 images, batches of 20: three steps a round
+        of = {"noise_multiplier": 1.3, "sample_rate": 1 / 3, "steps": 3 * int(row["round"])}
+        assert row["epsilon_of_the_worst"] == pytest.approx(epsilon(**of, accountant="rdp"), rel=1e-4)
+    few, some, many = (row["accuracy"] for row in rows if row["round"] == 5)
+    assert few + 0.05 < some < many and all(row["seconds"] > 0 and row["megabytes"] < 8000 for row in rows)
+
+
 def test_the_stored_times_have_every_row_and_what_made_them():
     rows = load("speed")
     steps = {(r["model"], r["way"], r["threads"]): r for r in rows if r["what"] == "step"}
