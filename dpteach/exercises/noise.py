@@ -670,7 +670,8 @@ def _loop_traits(fn: Any, args: tuple) -> Any:
     right = []
     for batch, weights in zip(batches, path):
         vector_to_parameters(weights.float(), there.parameters())
-        right.append(clipped_sum(there, cross_entropy, *data[batch], C).double() / C)
+        X, y = data[batch]
+        right.append(clipped_sum(there, cross_entropy, X, y, C).double() / C)
     left = (path[:-1] - path[1:]) * scale - torch.stack(right) / (sigma or 1)  # of what was added up, in σ·C
     seeds = sampling.initial_seed(), noise.initial_seed()
 
