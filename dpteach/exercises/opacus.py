@@ -194,7 +194,8 @@ def _pieces(fn: Callable, args: tuple) -> list[str]:
     def made_by(answer: Callable) -> tuple:
         engine, model, noise = PrivacyEngine(), mlp(), torch.Generator().manual_seed(6)
         batches = torch.Generator().manual_seed(5)
-        return engine, model, noise, answer(engine, model, *two_moons(n)[:], batch_size, lr, sigma, C, batches, noise)
+        made = answer(engine, model, *two_moons(n)[:], batch_size, lr, sigma, C, batches, noise)
+        return engine, model, noise, attempted(made)
 
     engine, bare, noise, mine = made_by(fn)
     *_, right = made_by(make_it_private)
