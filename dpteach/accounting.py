@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpteach._checks import choice, number, whole
 
@@ -115,6 +116,50 @@ def epsilon_path(
     # ε never falls: what holds later, holds here too.
     path = np.minimum.accumulate(np.array(asked)[::-1])[::-1][np.searchsorted(at, times)]
     return path if accountant == "gdp" else np.minimum(path, _rdp(step, times, delta, "rdp"))
+
+
+def privacy_loss(*, noise_multiplier: float, sample_rate: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distribution of a run's privacy loss, for someone who took part: all its ε and δ at once.
+
+    The privacy loss of a result is log(how likely it is with you / how likely it is without you). Steps add theirs up,
+    so a run's distribution is that of one step, folded with itself: a power of its Fourier transform.
+
+    Args:
+        noise_multiplier, sample_rate, steps: as for :func:`epsilon`, but σ > 0 and at least one step.
+
+    Returns:
+        ``(losses, probabilities)``, ``(8192,)`` float64 each, the losses ascending. δ(ε) is the mean of
+        max(0, 1 - exp(ε - loss)). Without you a loss is exp(-loss) times as probable. Rounded to the nearest and not
+        upward: for pictures, as a δ from it is right to about 3 % where ε < 20. For a bound ask :func:`epsilon`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or ε is beyond all bounds.
+
+    Source: Koskela et al. 2020; that rounding keeps the mean, Gopi et al. 2021.
+
+    >>> losses, probabilities = privacy_loss(noise_multiplier=1.0, sample_rate=1 / 79, steps=790)
+    >>> delta = probabilities @ np.maximum(0, 1 - np.exp(2.12 - losses))
+    >>> bool(0.9e-5 < delta < 1e-5)
+    True
+    """
+    sigma, q, steps = _setting(noise_multiplier, sample_rate, steps)
+    q = max(q, _RAREST)
+    reach = 2 * _of_history(((sigma, q, steps),), 1e-6, "rdp")
+    if not 0 < reach < 1000:
+        raise ValueError(
+            f"noise_multiplier and steps must make an ε above 0 and below 500, got {noise_multiplier!r} and {steps!r}"
+        )
+    points = 8192
+    losses = 2 * reach / points * (np.arange(points) - points / 2)
+    with np.errstate(all="ignore"):  # below the least loss, log(1 - q), there is no result, and above 700 no number
+        result = sigma**2 * np.log1p(np.expm1(losses - reach / points) / q) + 0.5  # of a step with C = 1
+    result = torch.from_numpy(np.nan_to_num(result, nan=-math.inf, neginf=-math.inf, posinf=math.inf)) / sigma
+    below = (1 - q) * torch.special.ndtr(result) + q * torch.special.ndtr(result - 1 / sigma)
+    step = np.diff(below.numpy(), append=1.0)
+    drift = float(_divergences(sigma, q, (1.0,))[0]) - losses @ step  # what rounding did to the mean
+    whole = np.fft.irfft(np.fft.rfft(np.fft.ifftshift(step)) ** steps, points)
+    whole = np.where(whole > 1e-15, whole, 0.0)  # below that there are only rounding errors
+    return losses + steps * drift, np.fft.fftshift(whole)
 
 
 def noise_multiplier_for(

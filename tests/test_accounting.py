@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpteach import accounting
-from dpteach.accounting import ACCOUNTANTS, epsilon, epsilon_path, noise_multiplier_for
+from dpteach.accounting import ACCOUNTANTS, epsilon, epsilon_path, noise_multiplier_for, privacy_loss
 
 every_accountant = pytest.mark.parametrize("accountant", ACCOUNTANTS)
 
@@ -484,3 +484,30 @@ def test_budgets_that_are_no_epsilon_are_refused(refuses, value):
 def test_orders_that_mean_nothing_are_refused(accountant, alphas, what):
     with pytest.raises(ValueError, match=what):
         epsilon(**GOOD, accountant=accountant, alphas=alphas)
+
+
+# --- the distribution of the privacy loss ---------------------------------------------------------------------------
+
+
+@in_one_test("sigma, q, steps", [(1.0, 1 / 79, 790), (0.5, 0.01, 300), (2.0, 0.1, 1000), (3.0, 0.003, 500), (1, 1, 1)])
+def test_the_privacy_loss_has_the_deltas_of_dp_accounting(sigma, q, steps):
+    losses, probabilities = privacy_loss(noise_multiplier=sigma, sample_rate=q, steps=steps)
+    assert probabilities.min() >= 0 and abs(probabilities.sum() - 1) < 1e-9 and (np.diff(losses) > 0).all()
+    for delta in (0.05, 1e-3, 1e-5):
+        reached = eps(sigma, q, steps, delta, "pld")
+        found = probabilities @ np.maximum(0, -np.expm1(np.minimum(reached - losses, 700)))
+        assert reached < 0.01 or abs(found / delta - 1) < 0.025, (delta, reached, found)
+
+
+def test_the_privacy_loss_of_full_steps_is_gaussian_and_without_you_it_is_mirrored():
+    losses, probabilities = privacy_loss(noise_multiplier=4.0, sample_rate=1.0, steps=9)  # μ = 3 / 4
+    mean = probabilities @ losses
+    assert abs(mean - 0.75**2 / 2) < 1e-6 and abs(probabilities @ (losses - mean) ** 2 / 0.75**2 - 1) < 1e-3
+    without = np.exp(-losses) * probabilities
+    assert abs(without.sum() - 1) < 1e-4 and abs(without @ losses + mean) < 1e-3
+
+
+@pytest.mark.parametrize("change", [{"noise_multiplier": 0}, {"steps": 0}, {"noise_multiplier": 0.01}])
+def test_a_privacy_loss_that_has_no_picture_is_refused(change):
+    with pytest.raises(ValueError, match="noise_multiplier and steps must make"):
+        privacy_loss(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 10, **change})

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus.accountants import RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, TensorDataset
 from verdicts import unexpected
 
 import dpteach
-from dpteach import epsilon
+from dpteach import Data, epsilon
 from dpteach.exercises import budget, check, federated, flower, opacus
 from dpteach.flower import MISSING, installed
 
@@ -26,27 +27,63 @@ if installed():
 # Right, in other ways
 
 
-def price_in_numpy(n, batch_size, epochs, noise_multiplier, target_delta):
-    steps = -(-n // batch_size)
-    return np.float64(
-        dpteach.epsilon_path(
-            noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=epochs * steps, target_delta=target_delta
-        )[-1]
-    )
+def share_above_by_where(losses, eps):
+    return torch.where(losses > eps, -torch.expm1(eps - losses), 0.0).sum() / len(losses)
 
 
-def price_by_a_ledger(n, batch_size, epochs, noise_multiplier, target_delta):
-    ledger, steps = dpteach.Ledger(), (n + batch_size - 1) // batch_size
-    for _ in range(epochs):
+def share_above_in_numpy(losses, eps):
+    kept = losses.numpy()[losses.numpy() > eps]
+    return np.sum(1 - np.exp(eps - kept)) / len(losses)
+
+
+def step_rdp_by_opacus(sigma, q, alpha):
+    return compute_rdp(q=q, noise_multiplier=sigma, steps=1, orders=[alpha])[0]
+
+
+def step_rdp_by_a_loop(sigma, q, alpha):
+    whole = torch.tensor(-math.inf, dtype=torch.float64)
+    for k in range(alpha + 1):
+        ways = math.lgamma(alpha + 1) - math.lgamma(k + 1) - math.lgamma(alpha - k + 1)
+        term = ways + (alpha - k) * math.log1p(-q) + k * math.log(q) + (k * k - k) / 2 / sigma / sigma
+        whole = torch.logaddexp(whole, torch.tensor(term, dtype=torch.float64))
+    return whole / (alpha - 1)
+
+
+def order_by_another_formula(alpha, rdp_of_a_step, steps, delta):
+    return np.float64(steps * rdp_of_a_step + np.log((alpha - 1) / alpha) + np.log(1 / (delta * alpha)) / (alpha - 1))
+
+
+def my_epsilon_in_a_loop(sigma, q, steps, delta):
+    best = math.inf
+    for alpha in range(2, 64):
+        best = min(best, order_by_another_formula(alpha, step_rdp_by_opacus(sigma, q, alpha), steps, delta))
+    return torch.tensor(max(best, 0))
+
+
+def all_or_nobody(n, delta, generator):
+    return range(n) if torch.rand(1, generator=generator) < delta else []
+
+
+def leak_in_a_loop(n, delta, generator):
+    return {k for k in range(n) if torch.rand((), generator=generator) < delta}
+
+
+def folded_by_squaring(losses, probabilities, steps, eps):
+    whole, power, left = np.ones(1), np.array(probabilities), steps
+    while left:
+        whole = np.convolve(whole, power) if left % 2 else whole
+        power, left = np.convolve(power, power), left // 2
+    sums = np.linspace(steps * losses[0], steps * losses[-1], len(whole))
+    return (whole[sums > eps] * -np.expm1(eps - sums[sums > eps])).sum()
+
+
+def impossible_by_a_ledger(claims, n, batch_size, noise_multiplier, target_delta):
+    found, ledger, steps = [], dpteach.Ledger(), -(-n // batch_size)
+    for epoch in range(1, max(claims) + 1):
         ledger.charge(noise_multiplier=noise_multiplier, sample_rate=1 / steps, steps=steps)
-    return torch.tensor(ledger.epsilon(target_delta=target_delta, accountant="rdp"))
-
-
-def price_by_opacus(n, batch_size, epochs, noise_multiplier, target_delta):
-    steps, accountant = math.ceil(n / batch_size), RDPAccountant()
-    for _ in range(epochs * steps):
-        accountant.step(noise_multiplier=noise_multiplier, sample_rate=1 / steps)
-    return accountant.get_epsilon(delta=target_delta)
+        if epoch in claims and ledger.epsilon(target_delta=target_delta) - claims[epoch] > 0.02:
+            found.append(np.int64(epoch))
+    return tuple(found)
 
 
 def epochs_from_above(budget_, n, batch_size, noise_multiplier, target_delta):
@@ -110,6 +147,27 @@ def rounds_charged_step_by_step(ledger, train_one_round, rounds, noise_multiplie
     return path
 
 
+def masks_pair_by_pair(n, shared):
+    """The other way round: the worker with the higher number adds."""
+    result = torch.zeros(n, len(shared(0, 1)), dtype=torch.int64)
+    for i in range(n):
+        for j in range(i):
+            result[i] += shared(j, i)
+            result[j] -= shared(i, j)
+    return result % 2**48
+
+
+def masks_in_a_list(n, shared):
+    return [row + 0 for row in masks_pair_by_pair(n, shared)]
+
+
+def unmask_step_by_step(i, sent, revealed):
+    found = sent.clone()
+    for j in sorted(revealed):
+        found = torch.remainder(found + (revealed[j] if j < i else 2**48 - revealed[j]), 2**48)
+    return found
+
+
 def report_in_a_loop(contents, weighted_by):
     log = MetricRecord()
     for content in sorted(contents, key=lambda c: -c["metrics"]["epsilon"]):
@@ -140,10 +198,40 @@ def client_level_by_opacus(noise_multiplier, clients, sampled, rounds, target_de
     return accountant.get_epsilon(target_delta)
 
 
+def parts_as_a_list(*args):
+    return list(opacus.make_it_private(*args))
+
+
+def shuffled_before(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+    loader = DataLoader(TensorDataset(X, y), batch_size, shuffle=True, generator=batches)
+    sgd = torch.optim.SGD(model.parameters(), lr)
+    strength = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, "noise_generator": noise}
+    return engine.make_private(module=model, optimizer=sgd, data_loader=loader, **strength)
+
+
+adam = opacus.parts(optimizer=torch.optim.Adam)
+
+
+def moves_the_weights_too(model, optimizer, loader):
+    for X, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+        for p in model.parameters():
+            p.data -= 0.01 * p.grad
+
+
 RIGHT = [
-    ("4.1", price_in_numpy),
-    ("4.1", price_by_a_ledger),
-    ("4.1", price_by_opacus),
+    ("4.1", share_above_by_where),
+    ("4.1", share_above_in_numpy),
+    ("4.3", step_rdp_by_opacus),
+    ("4.3", step_rdp_by_a_loop),
+    ("4.4", order_by_another_formula),
+    ("4.5", my_epsilon_in_a_loop),
+    ("4.6", all_or_nobody),
+    ("4.6", leak_in_a_loop),
+    ("4.7", folded_by_squaring),
+    ("4.9", impossible_by_a_ledger),
     ("4.2", epochs_from_above),
     ("4.2", epochs_by_another_rounding),
     ("6.1", average_in_numpy),
@@ -153,23 +241,23 @@ RIGHT = [
     ("7.1", report_in_a_loop),
     ("7.2", train_by_a_worker),
     ("7.3", client_level_by_opacus),
-    ("4.3", [0.5, 0.001, 1000.0]),
-    ("4.3", torch.tensor([0.5, 0.001, 1000.0])),
-    ("4.3", np.array([0.5, 0.001, 1000])),
-    ("4.4", "(b)"),
-    ("4.4", "b)"),
-    ("5.1", "c)"),
-    ("5.1", " C. "),
-    ("5.2", "0.997"),
-    ("5.2", 1.0),
-    ("5.2", torch.tensor(0.997)),
+    ("4.8", [0.5, 0.001, 1000.0]),
+    ("4.8", torch.tensor([0.5, 0.001, 1000.0])),
+    ("4.8", np.array([0.5, 0.001, 1000])),
+    ("5.1", parts_as_a_list),
+    ("5.1", shuffled_before),
+    ("5.2", opacus.script(poisson_sampling=False)),
+    ("5.2", opacus.script(use=lambda old, new: (*new[:2], old[2]))),
+    ("5.2", opacus.script(ask_after=1)),
+    ("5.2", opacus.script(forgets=True)),
+    ("5.2", opacus.script(moves_the_weights_too)),
     ("5.3", (256.0, 256.0)),
     ("5.3", [100, 100]),
     ("5.3", np.array([300, 300])),
     ("5.3", torch.tensor([256, 256])),
-    ("6.2", 300.0),
-    ("6.2", torch.tensor(300)),
-    ("6.2", "300"),
+    ("6.2", masks_pair_by_pair),
+    ("6.2", masks_in_a_list),
+    ("6.5", unmask_step_by_step),
     ("6.4", "73.1 %"),
     ("6.4", 0.73),
 ]
@@ -206,6 +294,10 @@ def changes_the_weights(models, weights):
     return federated.average(models, weights)
 
 
+def masks_of_a_star_in_the_middle(n, shared):
+    return federated.from_pairs(lambda i, j: 1 if i < j else -1, pairs=lambda i, j, n: 1 in (i, j))(n, shared)
+
+
 def hides_the_error(*args):
     ledger, train_one_round, *rest = args
 
@@ -227,6 +319,11 @@ def charges_in_except(ledger, train_one_round, rounds, noise_multiplier, sample_
         ledger.charge(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
         path.append(ledger.epsilon(accountant="rdp"))
     return path
+
+
+def step_rdp_by_math_exp(sigma, q, alpha):
+    ways = ((math.comb(alpha, k) * (1 - q) ** (alpha - k) * q**k, k) for k in range(alpha + 1))
+    return math.log(sum(share * math.exp(k * (k - 1) / (2 * sigma**2)) for share, k in ways)) / (alpha - 1)
 
 
 def with_reply(metrics=None, who=None, prefix=""):
@@ -260,20 +357,50 @@ def changed_context(context, **changes):
 
 
 WRONG = [
-    ("4.1", lambda n, b, *rest: budget.price(n, b, *rest) if n / b % 1 > 0.5 or n % b == 0 else 0.0, "too low"),
+    ("4.1", lambda losses, eps: losses.clamp(min=eps).mean().item() - eps, "how far each loss exceeds"),
+    ("4.1", lambda losses, eps: 1 - torch.exp(eps - losses), "must return a number"),
     ("4.2", search_in(10), "ends at 9"),
     ("4.2", search_in(101), "ends at 100"),
     ("4.2", search_in(31), "too low"),
     ("4.2", no_next_epoch, "does its loop end?"),
-    ("4.3", (0.001, 0.5, 1000), "in this order"),
-    ("4.3", (10**400, 0.1, 10), "in this order"),
+    ("4.3", step_rdp_by_math_exp, "OverflowError"),
+    ("4.3", lambda sigma, q, alpha: math.log10(math.exp(1)) * budget.step_rdp(sigma, q, alpha), "too low"),
+    ("4.4", lambda *run: -budget.epsilon_of_order(*run), "too"),
+    ("4.5", lambda *run: budget.my_epsilon(*run) + 1e-5, "too high"),
+    ("4.6", lambda n, delta, generator: [n], "the numbers 0 to n - 1"),
+    ("4.6", lambda n, delta, generator: [0, 0], "at most once"),
+    ("4.6", lambda n, delta, generator: "all", "as a list or tensor"),
+    ("4.6", lambda n, delta, generator: torch.randperm(n, generator=generator)[:1], "fewer people than δ allows"),
+    ("4.6", lambda n, delta, generator: [3], "one person is published each time"),
+    ("4.7", lambda losses, p, steps, eps: budget.delta_of_run(losses, p, steps, eps) ** 2, "too low"),
+    ("4.8", (0.001, 0.5, 1000), "in this order"),
+    ("4.8", (10**400, 0.1, 10), "in this order"),
+    ("4.9", lambda claims, *run: [], "must return 1 values"),
+    ("4.9", lambda claims, *run: [claims[e] for e in budget.impossible(claims, *run)], "too low"),
+    ("5.1", lambda engine, model, *rest: model, "must return three objects"),
+    ("5.1", lambda *args: parts_as_a_list(*args)[::-1], "in this order"),
+    ("5.1", opacus.parts(poisson_sampling=False), "right so far: model, optimizer. The loader: it is a plain"),
+    ("5.1", opacus.parts(clipping="per_layer", max_grad_norm=[0.35] * 4), "The optimizer: it clips to another norm"),
+    ("5.1", opacus.kept("model", "loader"), "right so far: optimizer. The loader: it is a plain"),
+    ("5.1", adam, "The optimizer: clipping and noise are right, and the step is not"),
+    ("5.2", opacus.train_private, "this ε is true"),
+    ("5.2", lambda *args: 1.0, "not the answer of an engine"),
+    ("5.2", opacus.changed(opacus.train_private, noise_multiplier=9.0), "something else"),
+    ("5.2", opacus.script(opacus.epoch(skip_empty=True)), "something else"),
+    ("5.2", opacus.script(use=lambda old, new: (new[0], old[1], new[2])), "Opacus refuses"),
     ("5.3", (10**400, 10**400), "whole numbers"),
     ("5.3", (256.5, 256), "whole numbers"),
     ("5.3", "25", "at least 100"),
     ("6.1", changes_the_weights, "changes the list of weights"),
-    ("6.2", 10**400, "whole number"),
-    ("6.2", 0.3, "whole number"),
-    ("6.2", True, "whole number"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared).double(), "floats are rounded"),
+    ("6.2", lambda n, shared: torch.randint(2**48, (n, len(shared(0, 1)))), "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared) % 2**32, "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared)[1:], "for each of the 3 workers"),
+    ("6.2", lambda n, shared: torch.stack([shared(i, i) for i in range(n)]), "with herself"),
+    ("6.2", masks_of_a_star_in_the_middle, "with *each* other worker"),
+    ("6.5", lambda i, sent, revealed: (sent - sum(revealed.values())) % 2**48, "right for worker 0"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed).double(), "Floats round"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed) + 1, "largest difference is 1."),
     ("6.3", charges_in_except, "killed"),
     ("6.3", hides_the_error, "hides an error"),
     ("6.4", 73.1, "in percent"),
@@ -355,7 +482,7 @@ def trains(
     target_delta,
     *,
     dataset=None,
-    collate_fn=lambda batch: batch,
+    collate_fn=None,
     optimizer=torch.optim.SGD,
     accountant="prv",
     epoch=opacus.EPOCH,
@@ -408,7 +535,7 @@ def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
 def each_epoch_makes_private_again(
     PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta
 ):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
+    loader = DataLoader(data, batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()
     for _ in range(epochs):
@@ -433,7 +560,7 @@ GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
         {},
         {"accountant": "rdp"},
         {"optimizer": torch.optim.Adam},
-        {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
+        {"dataset": lambda data: Data(*data.tensors), "collate_fn": lambda batch: batch},
         {"epoch": in_small_pieces},
         {"epoch": with_the_criterion, **GHOST},
         {"poisson_sampling": True},
@@ -460,15 +587,6 @@ def leaves_out_nan(model, optimizer, loader):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-def moves_the_weights_too(model, optimizer, loader):
-    for X, y in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), y).backward()
-        optimizer.step()
-        for p in model.parameters():
-            p.data -= 0.01 * p.grad
 
 
 def first_batch_only(model, optimizer, loader):
