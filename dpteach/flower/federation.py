@@ -176,9 +176,9 @@ class _Local:
 
     def _flwr(self, *arguments: str) -> dict | None:
         """The JSON answer of a ``flwr`` command; None where it fails."""
-        how = self._how("command", "flwr", *arguments, "--format", "json")
+        how, limit = self._how("command", "flwr", *arguments, "--format", "json"), max(30, self._start_timeout)
         try:
-            return json.loads(subprocess.run(**how, capture_output=True, timeout=30, check=True).stdout)
+            return json.loads(subprocess.run(**how, capture_output=True, timeout=limit, check=True).stdout)
         except (subprocess.SubprocessError, ValueError):
             return None
 
