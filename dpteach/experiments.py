@@ -6,6 +6,7 @@
 import copy
 import csv
 import functools
+import math
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpteach import language, models
@@ -22,8 +24,10 @@ from dpteach._checks import choice
 from dpteach.accounting import epsilon, noise_multiplier_for
 from dpteach.data import Data, load_mnist, split
 from dpteach.features import fixed_features
-from dpteach.federated import Worker, train_rounds
-from dpteach.training import Settings, accuracy, train
+from dpteach.federated import Worker, federated_average, train_rounds
+from dpteach.mechanism import add_noise, clipped_sum_and_losses
+from dpteach.randomness import seeds
+from dpteach.training import Settings, accuracy, set_gradient, train
 
 RESULTS = Path(__file__).resolve().parent / "results"  # in the package: a notebook reads them wherever it is installed
 _GUIDE_DELTA = 1e-5
@@ -101,16 +105,9 @@ def _guide() -> Iterator[dict]:
 
 
 def two_workers_run(
-    n: int,
-    rounds: int,
-    *,
-    method: str = "dpsgd",
-    skew: float = 0.0,
-    sizes: tuple[float, float] = (1, 1),
-    weights: str = "size",
-    seed: int = 0,
+    n: int, rounds: int, *, skew: float = 0.0, sizes: tuple[float, float] = (1, 1), weights: str = "size", seed: int = 0
 ) -> Iterator[dict]:
-    """The two workers of a blog post of 2020 (PySyft and Opacus), a row a round and worker.
+    """The two workers of a blog post of 2020 (PySyft and Opacus) with Poisson batches, a row a round and worker.
 
     MNIST over alice and bob, its pixels shifted by 0.1307 and divided by 0.3081 as in the post; the small CNN, σ = 1.2,
     C = 1, batch 128, learning rate 0.1, one local epoch a round.
@@ -118,7 +115,6 @@ def two_workers_run(
     Args:
         n: how many of the training images, from the first one on; the post takes all 60,000.
         rounds: the post has 5.
-        method: as for :func:`dpteach.training.train`; ``"sgd"`` is the same without clipping and noise.
         skew, sizes: as ``skew`` and ``weights`` of :func:`dpteach.data.split`.
         weights: ``"size"`` or ``"equal"``, as for :func:`dpteach.federated.train_rounds`.
         seed: of the split, the weights, the batches and the noise.
@@ -126,22 +122,18 @@ def two_workers_run(
     Yields:
         A dict by round and worker: the arguments, ``round, worker, records, loss`` (mean over the round's batches),
         ``accuracy`` (of the average, on the 10,000 test images), ``epsilon_prv``, ``epsilon_rdp`` and
-        ``epsilon_classic`` (of all rounds so far, for this worker's records; infinite without privacy), ``seconds`` so
-        far.
+        ``epsilon_classic`` (of all rounds so far, for this worker's records), ``seconds`` so far.
     """
     settings = Settings(1.2, 1.0, epochs=1, batch_size=128, lr=0.1, target_delta=1e-5, seed=seed)
-    images, unseen = (
-        Data((data.X - 0.1307) / 0.3081, data.y) for data in (load_mnist().take(n), load_mnist(train=False))
-    )
+    images, unseen = _as_in_the_post(n)
     parts = split(images, 2, skew, sizes, seed=seed)
-    workers = [Worker(name, part, settings, method=method) for name, part in zip(("alice", "bob"), parts)]
+    workers = [Worker(name, part, settings) for name, part in zip(("alice", "bob"), parts)]
     began = time.perf_counter()
     for after in train_rounds(workers, models.cnn(seed=seed), rounds, weights=weights, test_data=unseen):
         seconds = round(time.perf_counter() - began, 1)
         for worker in workers:
             yield {
                 "n": n,
-                "method": method,
                 "skew": skew,
                 "sizes": ":".join(f"{size:g}" for size in sizes),
                 "weights": weights,
@@ -160,6 +152,11 @@ def two_workers_run(
             }
 
 
+def _as_in_the_post(n: int) -> tuple[Data, Data]:
+    first, unseen = load_mnist().take(n), load_mnist(train=False)
+    return Data((first.X - 0.1307) / 0.3081, first.y), Data((unseen.X - 0.1307) / 0.3081, unseen.y)
+
+
 def _two_workers() -> Iterator[dict]:
     yield from two_workers_run(2000, 2)  # the small rows that a test runs again
     yield from two_workers_run(60_000, 5)
@@ -168,9 +165,65 @@ def _two_workers() -> Iterator[dict]:
     yield from two_workers_run(60_000, 5, skew=0.9)
 
 
-def _two_workers_plain() -> Iterator[dict]:
-    yield from two_workers_run(2000, 1, method="sgd")  # the small rows that a test runs again
-    yield from two_workers_run(60_000, 5, method="sgd")
+#: What the post's update may have been: with clipping or not, with noise or not.
+UPDATES = {"plain": (False, 0.0), "clipped only": (True, 0.0), "noise only": (False, 1.2), "private": (True, 1.2)}
+
+
+def post_run(n: int, rounds: int, update: str, seed: int) -> Iterator[dict]:
+    """The blog post of 2020 as it is written, its batches included, a row a round and worker.
+
+    As :func:`two_workers_run`, but with the post's loader: shuffled batches of exactly 128, the rest dropped. No ε is
+    stored: no accountant for Poisson batches holds for these.
+
+    Args:
+        n: how many of the training images, from the first one on; alice has the first half, bob the second.
+        rounds: the post has 5.
+        update: a key of :data:`UPDATES`: whether the sum is of clipped gradients, and whether it gets noise.
+        seed: of the weights, the batches and the noise.
+
+    Yields:
+        ``n, update, seed, round, worker, batches`` (a round), ``loss`` (mean over the round's batches, as the post
+        prints it), ``accuracy`` (of the average, on the 10,000 test images), ``cpu_seconds`` so far.
+    """
+    clipped, sigma = UPDATES[choice("update", update, UPDATES)]
+    images, unseen = _as_in_the_post(n)
+    halves = {"alice": images.take(slice(n // 2)), "bob": images.take(slice(n // 2, n))}
+    model, began = models.cnn(seed=seed), time.process_time()
+    sampling, noise = (torch.Generator().manual_seed(s) for s in seeds(seed)[:2])
+    for turn in range(1, rounds + 1):
+        copies = {name: copy.deepcopy(model) for name in halves}
+        losses: dict[str, list[float]] = {}
+        for name, half in halves.items():
+            weights = list(copies[name].parameters())
+            sgd, losses[name] = torch.optim.SGD(weights, lr=0.1), []
+            for batch in torch.randperm(len(half), generator=sampling).split(128)[: len(half) // 128]:
+                C = 1.0 if clipped else 1e9  # a bound that nothing reaches
+                summed, of_batch = clipped_sum_and_losses(copies[name], F.cross_entropy, *half[batch], C)
+                set_gradient(weights, add_noise(summed, sigma, 1.0, noise) / 128)
+                sgd.step()
+                losses[name].append(of_batch.mean().item())
+        model.load_state_dict(federated_average(list(copies.values())))
+        reached = accuracy(model, unseen)
+        for name, of_round in losses.items():
+            yield {
+                "n": n,
+                "update": update,
+                "seed": seed,
+                "round": turn,
+                "worker": name,
+                "batches": len(of_round),
+                "loss": round(sum(of_round) / len(of_round), 4),
+                "accuracy": reached,
+                "cpu_seconds": round(time.process_time() - began, 1),
+            }
+
+
+def _post() -> Iterator[dict]:
+    for update in UPDATES:
+        yield from post_run(2000, 1, update, 0)  # the small rows that a test runs again
+    for seed in range(3):
+        for update in UPDATES:
+            yield from post_run(60_000, 5, update, seed)
 
 
 def _twenty_clients() -> Iterator[dict]:
@@ -197,6 +250,61 @@ def _twenty_clients() -> Iterator[dict]:
                     "accuracy": line["accuracy"],
                     "epsilon_of_the_worst": round(max(spent), 4),
                     "seconds": line["seconds"],
+                    **made_with,
+                }
+
+
+def _client_level() -> Iterator[dict]:
+    """Privacy for a whole client in Flower's four ways: twenty virtual clients, 3,000 MNIST images each, ten rounds.
+
+    A row a round: ``clipping`` (as in the app's ``pyproject.toml``), ``noise_multiplier`` (σ that ``epsilon`` is of),
+    ``round, accuracy, epsilon`` (of a client, by RDP), ``target_delta, seconds`` so far. In the adaptive
+    way also the number of clipped updates gets noise, of a standard deviation of one client (Flower's default: a
+    twentieth of them). It counts fully: a client moves the count by one. (Flower's own split takes a half, as in the
+    paper, which counts ±1/2 for a client.)
+    """
+    from dpteach.flower import Simulation
+
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
+    delta, model = 1e-2, (1.0**-2 - 2.0**-2) ** -0.5  # σ of the model in the adaptive way, as Flower splits σ = 1
+    sigmas = {"server": 1.0, "client": 1.0, "adaptive": (model**-2 + 1.0**-2) ** -0.5}
+    sigmas["local"] = (2 * math.log(1.25 / delta)) ** 0.5  # of LocalDpMod, for ε = 1 a round
+    with Simulation(20) as simulation:
+        for clipping, sigma in sigmas.items():
+            for line in simulation.rounds(10, privacy="client", clipping=clipping, clipping_norm=1.0):
+                of: dict = {"noise_multiplier": sigma, "sample_rate": 1.0, "steps": line["round"]}
+                yield {
+                    "clipping": clipping,
+                    "noise_multiplier": round(sigma, 4),
+                    "target_delta": delta,
+                    "round": line["round"],
+                    "accuracy": line["accuracy"],
+                    "epsilon": round(epsilon(**of, target_delta=delta, accountant="rdp"), 4),
+                    "seconds": line["seconds"],
+                    **made_with,
+                }
+
+
+def _many_clients() -> Iterator[dict]:
+    """The app of the two workers, unchanged, on 10, 100 and 1,000 virtual clients with 60 MNIST images each.
+
+    A row a round: ``clients, round, accuracy, epsilon_of_the_worst`` (δ = 1e-5), ``seconds`` so far, and ``megabytes``
+    that all of the simulation's processes hold (PSS: a page that some of them share counts once; Linux).
+    """
+    from dpteach.flower import Simulation
+    from dpteach.flower.keeper import marked
+
+    made_with: dict[str, str | int] = {package: version(package) for package in ("flwr", "ray")}
+    for clients in (10, 100, 1000):
+        with Simulation(clients) as simulation:
+            for line in simulation.rounds(5, timeout=1800, records=60, batch_size=20, noise_multiplier=1.3):
+                yield {
+                    "clients": clients,
+                    "round": line["round"],
+                    "accuracy": line["accuracy"],
+                    "epsilon_of_the_worst": round(max(v for k, v in line.items() if k.startswith("epsilon/")), 4),
+                    "seconds": line["seconds"],
+                    "megabytes": round(sum(p.memory_full_info().pss for p in marked(simulation._mark)) / 1e6),
                     **made_with,
                 }
 
@@ -339,8 +447,10 @@ EXPERIMENTS = {
     "language-adapters": language.adapter_rows,
     "twenty-minute-guide": _guide,
     "two-workers": _two_workers,
-    "two-workers-plain": _two_workers_plain,
+    "post-of-2020": _post,
     "twenty-clients": _twenty_clients,
+    "client-level": _client_level,
+    "many-clients": _many_clients,
     "accuracy-ladder": _ladder,
     "accuracy-record": _record,
     "speed": _speed,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_colours import PAGES, SEEN_BY, ciede2000, cielab, contrast, linear
+from verdicts import unexpected
 
 from dpteach import (
     Explorer,
@@ -297,7 +298,28 @@ def test_the_leaks_may_be_named_in_any_order(answer):
     assert check("9.3", answer).passed is True
 
 
-@pytest.mark.parametrize(("id", "answer"), [("9.1", 3.0), ("9.3", 7), ("9.3", "xyz"), ("9.2", "e")])
+@pytest.mark.parametrize(("id", "answer"), [("9.1", 3.0), ("9.3", 7), ("9.3", "xyz"), ("9.2", "c")])
 def test_an_answer_of_another_kind_gets_a_sentence(id, answer):
     verdict = check(id, answer)
     assert verdict.passed is False and "must be" in verdict.message
+
+
+def decides(right):
+    """Exercise 9.2, record by record."""
+    published = right.sum(1).argmax()
+    columns = range(right.shape[1])
+    return torch.tensor([bool((right.sum(1) - right[:, k]).argmax() != published) for k in columns])
+
+
+def test_a_record_decides_when_another_epoch_is_published_without_it():
+    cases = [
+        ("9.2", decides, True, "each True is a person"),
+        ("9.2", lambda right: decides(right).numpy(), True, ""),
+        ("9.2", lambda right: decides(right).nonzero().flatten(), False, "shape"),
+        ("9.2", lambda right: right[right.sum(1).argmax()] == 1, False, "That alone decides nothing"),
+        ("9.2", lambda right: (right.sum(1, keepdim=True) - right).amax(0) < right.sum(1).max(), False, "the *epoch*"),
+        ("9.2", lambda right: (right.sum(1, keepdim=True) + right).argmax(0) != right.sum(1).argmax(), False, "copy"),
+        ("9.2", lambda right: ~decides(right), False, "turned round"),
+        ("9.2", lambda right: (right.sum(1, keepdim=True) - right).argmax(0), False, ""),
+    ]
+    assert unexpected(cases) == ""

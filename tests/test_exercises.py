@@ -1,5 +1,6 @@
 """Every exercise: its reference answer passes, every wrong answer that it knows gets its own sentence."""
 
+import copy
 import math
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from verdicts import unexpected
 
+import dpteach
 from dpteach import exercises
 from dpteach.exercises import core, noise
 from dpteach.exercises.core import Wrong, coding, examine
@@ -94,6 +96,26 @@ def test_an_answer_of_the_wrong_type_gets_a_sentence(exercise):
     returned = [lambda *args, value=value, **kwargs: value for value in wrong] if callable(exercise.reference) else []
     found = [(answer, exercises.check(exercise.id, answer)) for answer in wrong + returned]
     assert [(a, v) for a, v in found if v.passed is not False or not v.message.endswith(".")] == []
+
+
+def test_cmp_says_exact_close_or_how_far_apart(capsys):
+    theirs = torch.tensor([1.0, -200.0])
+    others = (theirs.clone(), theirs + 1e-4, theirs + 0.5, theirs * torch.nan, theirs[:1], (theirs + 1).numpy(), None)
+    for mine in (*others, ...):
+        exercises.cmp("mine and theirs", mine, theirs)
+    exercises.cmp("mine and theirs", torch.zeros(0), torch.zeros(0))
+    lines = [line.removeprefix("mine and theirs: ") for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "exact",
+        "close, to a millionth",
+        "they differ, by up to 0.5; the largest value is 2e+02",
+        "they differ, by up to nan; the largest value is 2e+02",
+        "shapes differ, (1,) and (2,)",
+        "they differ, by up to 1; the largest value is 2e+02",
+        "nothing to compare yet",
+        "nothing to compare yet",
+        "exact",
+    ]
 
 
 def test_an_exercise_has_a_hint_and_a_solution():
@@ -490,6 +512,36 @@ def test_no_verdict_shows_what_is_right():
 # What a sceptical learner answers. Written from the text of the exercises, not from the package's own answers.
 
 
+def update_by_backward(model, X, y, lr):
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(X), y).backward()
+    return torch.nn.utils.parameters_to_vector([-lr * p.grad for p in model.parameters()])
+
+
+def forgets_zero_grad(model, X, y, lr):
+    torch.nn.functional.cross_entropy(model(X), y).backward()
+    return torch.cat([-lr * p.grad.flatten() for p in model.parameters()])
+
+
+def update_by_optimizer(model, X, y, lr):
+    trained = copy.deepcopy(model)
+    step_in_place(trained, X, y, lr)
+    pairs = zip(trained.parameters(), model.parameters())
+    return torch.cat([(after.double() - before.double()).flatten() for after, before in pairs])
+
+
+def step_in_place(model, X, y, lr):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(X), y).backward()
+    optimizer.step()
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+def update_record_by_record(model, X, y, lr):
+    return sum(update_by_backward(model, X[i : i + 1], y[i : i + 1], lr) for i in range(len(y))) / len(y)
+
+
 def margin_by_loop(logits, labels):
     scores = []
     for row, label in zip(logits.tolist(), labels.tolist()):
@@ -547,25 +599,68 @@ def batch_by_loop(n, q, generator):
     return torch.tensor([i for i in range(n) if torch.rand(1, generator=generator) < q], dtype=torch.int64)
 
 
+def loop_in_pytorch(
+    coins=lambda n, q, g: torch.rand(n, generator=g) < q,
+    noise=lambda P, g: torch.randn(P, generator=g),
+    factor=lambda norm, C: min(1.0, C / (norm + 1e-12)),
+    kept=lambda batch, model, weights: (batch, weights),
+):
+    """A DP-SGD loop without anything of the package, parameter by parameter."""
+
+    def loop(model, data, s, sampling, generator):
+        n, steps = len(data.y), []
+        rate, sizes = 1 / s.steps_per_epoch(n), [p.numel() for p in model.parameters()]
+        for _ in range(s.epochs * s.steps_per_epoch(n)):
+            batch = coins(n, rate, sampling).nonzero().flatten()
+            total = s.noise_multiplier * s.max_grad_norm * noise(sum(sizes), generator)
+            for i in batch.tolist():
+                model.zero_grad()
+                torch.nn.functional.cross_entropy(model(data.X[i : i + 1]), data.y[i : i + 1]).backward()
+                gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+                total = total + gradient * factor(gradient.norm().item(), s.max_grad_norm)
+            for p, part in zip(model.parameters(), total.split(sizes)):
+                p.data = p.data - s.lr * part.view_as(p).to(p.dtype) / (n * rate)
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            steps.append(kept(batch, model, weights))
+        return steps
+
+    return loop
+
+
 def clip_each(grads, C):
     return torch.stack([g * min(1.0, C / (g.norm().item() + 1e-6)) for g in grads])
 
 
-def layers_by_index(grads, sizes, C):
-    out, start = grads.clone(), 0
-    for size in sizes:
-        part = grads[:, start : start + size]
-        out[:, start : start + size] = part / (part.norm(dim=1, keepdim=True) * len(sizes) ** 0.5 / C).clamp(min=1)
-        start += size
-    return out
+def rows_by_backward(model, X, y):
+    return [-update_by_backward(model, x[None], label[None], 1.0) for x, label in zip(X, y)]
+
+
+def rows_by_vmap(model, X, y):
+    def loss(parameters, x, label):
+        outputs = torch.func.functional_call(model, parameters, (x[None],))
+        return torch.nn.functional.cross_entropy(outputs, label[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, X, y)
+    return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+
+
+def sum_by_backward(model, X, y, C):
+    rows = rows_by_backward(model, X, y)
+    return sum((row / max(1.0, row.norm().item() / C) for row in rows), torch.zeros(len(weights_of(model))))
+
+
+def weights_of(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters())
 
 
 ROWS = torch.tensor([[1.0, 0.0]])
 
 RIGHT = [
-    ("1.1", "(e)"),
-    ("1.1", "E."),
-    ("1.1", "e: the step"),
+    ("1.1", update_by_backward),
+    ("1.1", update_by_optimizer),
+    ("1.1", lambda *args: update_by_backward(*args).numpy()),
+    ("1.1", update_record_by_record),
     ("1.2", loud_by_search),
     ("1.3", margin_by_loop),
     ("1.3", margin_by_topk),
@@ -591,7 +686,11 @@ RIGHT = [
     ("2.3", np.float32(1)),
     ("2.3", torch.tensor(1.0)),
     ("2.3", "1.0"),
-    ("2.4", layers_by_index),
+    ("2.4", lambda *args: torch.stack(rows_by_backward(*args))),
+    ("2.4", rows_by_vmap),
+    ("2.4", lambda model, X, y: dpteach.per_sample_gradients(model, torch.nn.functional.cross_entropy, X, y).numpy()),
+    ("2.5", sum_by_backward),
+    ("2.5", lambda model, X, y, C: dpteach.clipped_sum(model, torch.nn.functional.cross_entropy, X, y, C)),
     ("3.1", noisy(lambda std, P, g: torch.normal(0.0, std, (P,), generator=g))),
     ("3.1", noisy(lambda std, P, g: torch.zeros(P).normal_(generator=g) * std)),
     ("3.1", noisy(lambda std, P, g: std * torch.randn(P, dtype=torch.float64, generator=g))),
@@ -606,16 +705,24 @@ RIGHT = [
     ("3.3", lambda: (ROWS, -ROWS[0])),
     ("3.3", lambda: [-ROWS.numpy(), ROWS[0].numpy()]),
     ("3.3", lambda: (ROWS.expand(3, 2), -ROWS[0])),
-    ("3.4", 0.47),
-    ("3.4", 0.466),
-    ("3.4", "46.6 %"),
-    ("3.4", "47%"),
-    ("3.4", np.float64(0.4661)),
+    ("3.4", loop_in_pytorch()),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.bernoulli(torch.full((n,), q), generator=g) > 0)),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: -torch.randn(P, dtype=torch.float64, generator=g))),
 ]
 WRONG = [
-    ("1.1", "b)", "line b reads"),
-    ("1.1", "(d)", "line d computes"),
-    ("1.1", np.array(["e", "e"]), "must be one of"),
+    ("1.1", step_in_place, "changes the model's weights"),
+    ("1.1", lambda *args: -update_by_backward(*args), "the sign is turned round"),
+    ("1.1", lambda model, X, y, lr: update_by_backward(model, X, y, lr) * len(y), "as many times too long"),
+    ("1.1", lambda model, X, y, lr: update_by_backward(model, X, y, lr) / lr, "the learning rate is missing"),
+    (
+        "1.1",
+        lambda model, X, y, lr: update_by_backward(model, X, y, lr) / len(y),
+        "divided by the number of records twice",
+    ),
+    ("1.1", forgets_zero_grad, "that of the step before"),
+    ("1.1", lambda *args: [update_by_backward(*args)], "must return a Tensor"),
+    ("1.1", lambda *args: update_by_backward(*args)[:-3], "must return a tensor of shape"),
+    ("1.1", lambda *args: update_by_backward(*args).half(), "largest difference"),
     ("1.2", lambda model, data: (torch.tensor([-2.0, 2.0]), 1), "other models too"),
     ("1.3", margin_by_mask(0.0), "you put 0 in the place"),
     (
@@ -635,6 +742,23 @@ WRONG = [
     ("2.2", torch.tensor([99.0, 9.0]), "Choose another direction"),
     ("2.2", torch.tensor([1.0, 1j]), "must be a tensor of two numbers"),
     ("2.3", True, "must be a number, got a bool"),
+    ("2.3", 0.1, "multiplied by the learning rate"),
+    ("2.4", rows_by_backward, "must return a Tensor, got a list"),
+    ("2.4", lambda model, X, y: torch.stack(rows_by_backward(model, X, y)).mean(0), "gradient of the whole batch"),
+    ("2.4", lambda model, X, y: torch.stack(rows_by_backward(model, X, y)).cumsum(0), "all rows before it in it"),
+    ("2.4", lambda model, X, y: torch.stack(rows_by_backward(model, X, y)) / len(y), "by the number of records"),
+    ("2.4", lambda model, X, y: torch.stack(rows_by_backward(model, X, y)).T, "rows and columns are swapped"),
+    ("2.4", lambda model, X, y: -torch.stack(rows_by_backward(model, X, y)), "largest difference"),
+    ("2.4", lambda model, X, y: step_in_place(model, X, y, 0.1), "changes the model's weights"),
+    (
+        "2.5",
+        lambda *args: dpteach.clip(torch.stack(rows_by_backward(*args[:3])), args[3]).sum(0),
+        "stack expects a non-empty",
+    ),
+    ("2.5", lambda *args: sum_by_backward(*args[:3], 1e9), "nothing was clipped"),
+    ("2.5", lambda *args: sum_by_backward(*args) / max(1, len(args[1])), "returned their mean"),
+    ("2.5", lambda *args: sum_by_backward(*args[:3], args[3] / max(1, len(args[1]))), "not for the batch"),
+    ("2.5", lambda *args: dpteach.clip(sum_by_backward(*args[:3], 1e9)[None], args[3])[0], "you clipped the sum"),
     ("2.3", 10**400, "without clipping there would be no limit"),
     ("3.1", noisy(pairs), "with the sign turned"),
     (
@@ -662,9 +786,24 @@ WRONG = [
     ("3.2", lambda n, q, g: torch.nonzero(torch.rand(n, generator=g) < q).squeeze(), "got torch.int64 of shape ()"),
     ("3.3", lambda: (ROWS.expand(4, 2), -ROWS[0]), "small, but not small enough"),
     ("3.3", lambda: (ROWS.expand(50, 2), -ROWS[0]), "hardly moves the mean"),
-    ("3.4", 46.6, "in percent"),
-    ("3.4", 47, "in percent"),
-    ("3.4", 20, "taken as percent: that is the prior"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: 1.4 * torch.randn(P, generator=g)), "times the standard deviation"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: torch.randn(1, generator=g).expand(P)), "the same in every coordinate"),
+    ("3.4", loop_in_pytorch(noise=lambda P, g: torch.rand(P, generator=g)), "move 4: "),
+    (
+        "3.4",
+        loop_in_pytorch(coins=lambda n, q, g: torch.rand(n, generator=g) < 2 * q),
+        "2 times as many records as n·q",
+    ),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.randperm(n, generator=g) < n * q), "always have the same size"),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.rand(n) < q), "do not come from `sampling`"),
+    ("3.4", loop_in_pytorch(factor=lambda norm, C: C / norm), "you make every row C long"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: batch), "a pair for each step"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (len(batch), weights)), "indices of records"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (batch, weights[:5])), "must be all weights in one row"),
+    ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (batch, weights + 1)), "are not the model's"),
+    ("3.4", lambda *args: loop_in_pytorch()(*args) and None, "returns nothing"),
+    ("3.4", lambda *args: loop_in_pytorch()(*args)[:-1], "steps of"),
+    ("3.4", lambda *args: [loop_in_pytorch()(*args)[-1]] * args[2].epochs, "all your steps hold the same tensor"),
 ]
 
 

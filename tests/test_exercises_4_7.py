@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from verdicts import unexpected
 
 import dpteach
-from dpteach import epsilon
+from dpteach import Data, epsilon
 from dpteach.exercises import budget, check, federated, flower, opacus
+from dpteach.flower import MISSING, installed
+
+if installed():
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 # Right, in other ways
 
@@ -142,17 +147,78 @@ def rounds_charged_step_by_step(ledger, train_one_round, rounds, noise_multiplie
     return path
 
 
-def report_in_a_loop(replies):
-    log = {}
-    for reply in sorted(replies, key=lambda r: -r["epsilon"]):
-        log[reply["name"]] = np.float64(reply["epsilon"])
+def masks_pair_by_pair(n, shared):
+    """The other way round: the worker with the higher number adds."""
+    result = torch.zeros(n, len(shared(0, 1)), dtype=torch.int64)
+    for i in range(n):
+        for j in range(i):
+            result[i] += shared(j, i)
+            result[j] -= shared(i, j)
+    return result % 2**48
+
+
+def masks_in_a_list(n, shared):
+    return [row + 0 for row in masks_pair_by_pair(n, shared)]
+
+
+def unmask_step_by_step(i, sent, revealed):
+    found = sent.clone()
+    for j in sorted(revealed):
+        found = torch.remainder(found + (revealed[j] if j < i else 2**48 - revealed[j]), 2**48)
+    return found
+
+
+def report_in_a_loop(contents, weighted_by):
+    log = MetricRecord()
+    for content in sorted(contents, key=lambda c: -c["metrics"]["epsilon"]):
+        (name,) = (record["name"] for record in content.config_records.values())
+        log[f"epsilon/{name}"] = content["metrics"]["epsilon"]
     return log
+
+
+def train_by_a_worker(message, context):
+    """Worker charges and trains; the reply has other keys, and tells the steps."""
+    node, run, model = context.node_config, context.run_config, dpteach.models.mlp(784, 64, 10)
+    (sent,) = message.content.array_records.values()
+    model.load_state_dict(sent.to_torch_state_dict())
+    settings = dpteach.Settings(
+        node["noise-multiplier"], node["max-grad-norm"], 1, run["batch-size"], run["lr"], node["target-delta"], None
+    )
+    worker = dpteach.Worker(node["name"], flower.records(node, run), settings, dpteach.Ledger(node["ledger"]))
+    for _ in worker.train_round(model):
+        pass
+    metrics = {"steps": worker.ledger.steps, "epsilon": worker.epsilon("rdp"), "num-examples": len(worker.data)}
+    model_, about = ArrayRecord(model.state_dict()), ConfigRecord({"name": "alice"})
+    return Message(RecordDict({"model": model_, "told": MetricRecord(metrics), "me": about}), reply_to=message)
 
 
 def client_level_by_opacus(noise_multiplier, clients, sampled, rounds, target_delta):
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, sampled / clients, rounds)]
     return accountant.get_epsilon(target_delta)
+
+
+def parts_as_a_list(*args):
+    return list(opacus.make_it_private(*args))
+
+
+def shuffled_before(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+    loader = DataLoader(TensorDataset(X, y), batch_size, shuffle=True, generator=batches)
+    sgd = torch.optim.SGD(model.parameters(), lr)
+    strength = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, "noise_generator": noise}
+    return engine.make_private(module=model, optimizer=sgd, data_loader=loader, **strength)
+
+
+adam = opacus.parts(optimizer=torch.optim.Adam)
+
+
+def moves_the_weights_too(model, optimizer, loader):
+    for X, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+        for p in model.parameters():
+            p.data -= 0.01 * p.grad
 
 
 RIGHT = [
@@ -173,29 +239,34 @@ RIGHT = [
     ("6.1", average_of_the_package),
     ("6.3", rounds_charged_step_by_step),
     ("7.1", report_in_a_loop),
+    ("7.2", train_by_a_worker),
     ("7.3", client_level_by_opacus),
     ("4.8", [0.5, 0.001, 1000.0]),
     ("4.8", torch.tensor([0.5, 0.001, 1000.0])),
     ("4.8", np.array([0.5, 0.001, 1000])),
-    ("5.1", "c)"),
-    ("5.1", " C. "),
-    ("5.2", "0.997"),
-    ("5.2", 1.0),
-    ("5.2", torch.tensor(0.997)),
+    ("5.1", parts_as_a_list),
+    ("5.1", shuffled_before),
+    ("5.2", opacus.script(poisson_sampling=False)),
+    ("5.2", opacus.script(use=lambda old, new: (*new[:2], old[2]))),
+    ("5.2", opacus.script(ask_after=1)),
+    ("5.2", opacus.script(forgets=True)),
+    ("5.2", opacus.script(moves_the_weights_too)),
     ("5.3", (256.0, 256.0)),
     ("5.3", [100, 100]),
     ("5.3", np.array([300, 300])),
     ("5.3", torch.tensor([256, 256])),
-    ("6.2", 300.0),
-    ("6.2", torch.tensor(300)),
-    ("6.2", "300"),
+    ("6.2", masks_pair_by_pair),
+    ("6.2", masks_in_a_list),
+    ("6.5", unmask_step_by_step),
     ("6.4", "73.1 %"),
     ("6.4", 0.73),
-    ("7.2", np.int64(80)),
 ]
 
 
-@pytest.mark.parametrize("n", "4567")
+NOTEBOOKS = ["4", "5", "6", pytest.param("7", marks=pytest.mark.skipif(not installed(), reason=MISSING))]
+
+
+@pytest.mark.parametrize("n", NOTEBOOKS)
 def test_a_right_answer_that_is_written_in_another_way_passes(n):
     assert unexpected((id, answer, True, "") for id, answer in RIGHT if id.startswith(n)) == ""
 
@@ -221,6 +292,10 @@ def changes_the_weights(models, weights):
     for k, w in enumerate(list(weights)):
         weights[k] = w / 80
     return federated.average(models, weights)
+
+
+def masks_of_a_star_in_the_middle(n, shared):
+    return federated.from_pairs(lambda i, j: 1 if i < j else -1, pairs=lambda i, j, n: 1 in (i, j))(n, shared)
 
 
 def hides_the_error(*args):
@@ -251,6 +326,36 @@ def step_rdp_by_math_exp(sigma, q, alpha):
     return math.log(sum(share * math.exp(k * (k - 1) / (2 * sigma**2)) for share, k in ways)) / (alpha - 1)
 
 
+def with_reply(metrics=None, who=None, prefix=""):
+    """The right handler, whose reply is then changed."""
+
+    def train(message, context):
+        content = flower.train(message, context).content
+        if metrics is not None:
+            content["metrics"] = MetricRecord(metrics)
+        if who is not None:
+            content["who"] = ConfigRecord(who)
+        weights = {f"{prefix}{name}": value for name, value in content["arrays"].to_torch_state_dict().items()}
+        content["arrays"] = ArrayRecord(weights)
+        return Message(content, reply_to=message)
+
+    return train
+
+
+def with_node(handler=None, **node):
+    """The handler, as if the node had said something else."""
+    return lambda message, context: (handler or flower.train)(message, changed_context(context, node_config=node))
+
+
+def with_run(**run):
+    return lambda message, context: flower.train(message, changed_context(context, run_config=run))
+
+
+def changed_context(context, **changes):
+    configs = {key: {**getattr(context, key), **changes.get(key, {})} for key in ("node_config", "run_config")}
+    return SimpleNamespace(state=context.state, **configs)
+
+
 WRONG = [
     ("4.1", lambda losses, eps: losses.clamp(min=eps).mean().item() - eps, "how far each loss exceeds"),
     ("4.1", lambda losses, eps: 1 - torch.exp(eps - losses), "must return a number"),
@@ -272,43 +377,90 @@ WRONG = [
     ("4.8", (10**400, 0.1, 10), "in this order"),
     ("4.9", lambda claims, *run: [], "must return 1 values"),
     ("4.9", lambda claims, *run: [claims[e] for e in budget.impossible(claims, *run)], "too low"),
+    ("5.1", lambda engine, model, *rest: model, "must return three objects"),
+    ("5.1", lambda *args: parts_as_a_list(*args)[::-1], "in this order"),
+    ("5.1", opacus.parts(poisson_sampling=False), "right so far: model, optimizer. The loader: it is a plain"),
+    ("5.1", opacus.parts(clipping="per_layer", max_grad_norm=[0.35] * 4), "The optimizer: it clips to another norm"),
+    ("5.1", opacus.kept("model", "loader"), "right so far: optimizer. The loader: it is a plain"),
+    ("5.1", adam, "The optimizer: clipping and noise are right, and the step is not"),
+    ("5.2", opacus.train_private, "this ε is true"),
+    ("5.2", lambda *args: 1.0, "not the answer of an engine"),
+    ("5.2", opacus.changed(opacus.train_private, noise_multiplier=9.0), "something else"),
+    ("5.2", opacus.script(opacus.epoch(skip_empty=True)), "something else"),
+    ("5.2", opacus.script(use=lambda old, new: (new[0], old[1], new[2])), "Opacus refuses"),
     ("5.3", (10**400, 10**400), "whole numbers"),
     ("5.3", (256.5, 256), "whole numbers"),
     ("5.3", "25", "at least 100"),
     ("6.1", changes_the_weights, "changes the list of weights"),
-    ("6.2", 10**400, "whole number"),
-    ("6.2", 0.3, "whole number"),
-    ("6.2", True, "whole number"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared).double(), "floats are rounded"),
+    ("6.2", lambda n, shared: torch.randint(2**48, (n, len(shared(0, 1)))), "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared) % 2**32, "do not cancel"),
+    ("6.2", lambda n, shared: masks_pair_by_pair(n, shared)[1:], "for each of the 3 workers"),
+    ("6.2", lambda n, shared: torch.stack([shared(i, i) for i in range(n)]), "with herself"),
+    ("6.2", masks_of_a_star_in_the_middle, "with *each* other worker"),
+    ("6.5", lambda i, sent, revealed: (sent - sum(revealed.values())) % 2**48, "right for worker 0"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed).double(), "Floats round"),
+    ("6.5", lambda i, sent, revealed: federated.unmask(i, sent, revealed) + 1, "largest difference is 1."),
     ("6.3", charges_in_except, "killed"),
     ("6.3", hides_the_error, "hides an error"),
     ("6.4", 73.1, "in percent"),
     ("6.4", 88.08, "bob's ε"),
     ("6.4", "50 %", "learns nothing"),
-    ("7.1", lambda replies: print(flower.report(replies)), "prints, and returns nothing"),
-    ("7.1", lambda replies: replies, "loss"),
-    ("7.1", lambda replies: {r["name"]: r for r in replies}, "loss"),
-    ("7.1", lambda replies: {r["name"]: r.pop("epsilon") for r in replies}, "changes the replies"),
-    ("7.1", lambda replies: [{"name": r["name"], "epsilon": r["epsilon"]} for r in replies], "one dict"),
-    ("7.1", lambda replies: str(flower.report(replies)), "must return a dict"),
+    ("7.1", lambda contents, by: print(flower.privacy_report(contents, by)), "prints, and returns nothing"),
+    (
+        "7.1",
+        lambda contents, by: dict(flower.privacy_report(contents, by)),
+        "Flower wants a MetricRecord here, got dict",
+    ),
+    ("7.1", lambda contents, by: contents[0]["metrics"], "loss"),
+    ("7.1", lambda contents, by: [c["metrics"].pop("loss") for c in contents], "changes the replies"),
+    (
+        "7.1",
+        lambda contents, by: MetricRecord({c["who"]["name"]: c["metrics"]["epsilon"] for c in contents}),
+        "of what",
+    ),
+    ("7.1", lambda contents, by: MetricRecord(), "the keys of your dict"),
+    (
+        "7.2",
+        lambda message, context: message.content,
+        "answers with Message(content, reply_to=message), got RecordDict",
+    ),
+    ("7.2", lambda message, context: Message(RecordDict(), reply_to=message), "needs one ArrayRecord"),
+    ("7.2", with_reply(metrics={"epsilon": 1.0}), "your reply has no num-examples"),
+    ("7.2", with_reply(metrics={"epsilon": 1.0, "num-examples": 200, "accuracy": 0.9}), "more than epsilon"),
+    ("7.2", with_reply(who={}), "whose it is"),
+    ("7.2", with_reply(prefix="_module."), "send the bare model"),
+    ("7.2", with_node(**{"noise-multiplier": 3.0}), "another σ"),
+    ("7.2", with_node(**{"max-grad-norm": 1.0}), "the noise in your weights is 2.0 times"),
+    ("7.2", with_run(**{"batch-size": 100}), "another number of steps"),
+    ("7.2", with_run(lr=0.05), "the noise in your weights is 0.1 times"),
+    ("7.4", lambda message, context: flower.train(message, context).content, "answers with Message"),
+    ("7.4", with_node(flower.eve, **{"noise-multiplier": 9.0}), "it is not what it is after an honest round"),
 ]
 
 
-@pytest.mark.parametrize("n", "4567")
+@pytest.mark.parametrize("n", NOTEBOOKS)
 def test_a_wrong_answer_of_an_audit_gets_the_sentence_that_fits(n):
     assert unexpected((id, answer, False, words) for id, answer, words in WRONG if id.startswith(n)) == ""
 
 
-def test_an_error_in_a_dict_does_not_show_what_is_right():
-    answers = [
-        lambda replies: {r["name"]: 2 * r["epsilon"] for r in replies},
-        lambda replies: {},
-        lambda replies: {"alice": 1},
-        lambda replies: [2.0],
-        lambda replies: {r["name"]: "1.17" for r in replies},
-        lambda replies: {r["name"]: [r["epsilon"]] for r in replies},
-    ]
+@pytest.mark.skipif(not installed(), reason=MISSING)
+def test_an_error_in_a_report_does_not_show_what_is_right():
+    def doubled(contents, by):
+        return MetricRecord({name: 2 * value for name, value in flower.privacy_report(contents, by).items()})
+
+    answers = [doubled, lambda contents, by: MetricRecord({"epsilon/alice": 1}), lambda contents, by: [2.0]]
     found = [check("7.1", answer) for answer in answers]
     assert [v for v in found if v.passed is not False or "1.17" in v.message or "{" in v.message] == []
+
+
+@pytest.mark.skipif(not installed(), reason=MISSING)
+def test_a_right_answer_goes_into_the_app_and_a_wrong_one_does_not(capsys):
+    assert "def report_in_a_loop" in flower.yours("7.1", report_in_a_loop)
+    assert "your answer goes" in capsys.readouterr().out
+    for answer in (lambda contents, by: MetricRecord(), lambda contents, by: None):
+        assert flower.yours("7.1", answer).startswith("def privacy_report(contents, weighted_by):")
+        assert "no right answer yet" in capsys.readouterr().out
 
 
 def test_a_budget_that_is_spent_to_the_last_digit_pays():
@@ -330,7 +482,7 @@ def trains(
     target_delta,
     *,
     dataset=None,
-    collate_fn=lambda batch: batch,
+    collate_fn=None,
     optimizer=torch.optim.SGD,
     accountant="prv",
     epoch=opacus.EPOCH,
@@ -383,7 +535,7 @@ def by_hand(engine, loader, noise_multiplier, epochs, delta, **others):
 def each_epoch_makes_private_again(
     PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta
 ):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
+    loader = DataLoader(data, batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()
     for _ in range(epochs):
@@ -408,7 +560,7 @@ GHOST = {"grad_sample_mode": "ghost", "criterion": torch.nn.CrossEntropyLoss()}
         {},
         {"accountant": "rdp"},
         {"optimizer": torch.optim.Adam},
-        {"dataset": lambda data: TensorDataset(data.X, data.y), "collate_fn": None},
+        {"dataset": lambda data: Data(*data.tensors), "collate_fn": lambda batch: batch},
         {"epoch": in_small_pieces},
         {"epoch": with_the_criterion, **GHOST},
         {"poisson_sampling": True},
@@ -435,15 +587,6 @@ def leaves_out_nan(model, optimizer, loader):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-def moves_the_weights_too(model, optimizer, loader):
-    for X, y in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), y).backward()
-        optimizer.step()
-        for p in model.parameters():
-            p.data -= 0.01 * p.grad
 
 
 def first_batch_only(model, optimizer, loader):

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpteach import speed
 from dpteach.accounting import epsilon
-from dpteach.experiments import RESULTS, guide_run, load, two_workers_run
+from dpteach.experiments import RESULTS, UPDATES, guide_run, load, post_run
 
 GUIDE = "twenty-minute-guide"
 
@@ -46,28 +47,42 @@ POST = {
 }  # as it prints
 
 
-def test_the_losses_of_the_post_of_2020_are_met_by_the_plain_run_and_not_by_the_private_one():
-    for worker, printed in POST.items():
-        plain, private = (
-            [
-                r["loss"]
-                for r in load(name)
-                if (r["n"], r["worker"], r["sizes"], r["skew"]) == (60_000, worker, "1:1", 0)
-            ]
-            for name in ("two-workers-plain", "two-workers")
-        )
-        assert plain == pytest.approx(printed, abs=0.1) and plain[1:] == pytest.approx(printed[1:], abs=0.02)
-        assert all(ours > 2 * post for ours, post in zip(private, printed)) and private[-1] > 7 * printed[-1]
+def times_off_the_post(update):
+    """By how much each stored loss is off the post's, as a factor of at least 1: three seeds, two workers, five rounds."""
+    rows = [r for r in load("post-of-2020") if (r["n"], r["update"]) == (60_000, update)]
+    assert sorted((r["seed"], r["worker"], r["round"]) for r in rows) == [
+        (seed, worker, k) for seed in range(3) for worker in POST for k in range(1, 6)
+    ]
+    ratios = [r["loss"] / POST[r["worker"]][int(r["round"]) - 1] for r in rows]
+    return [max(x, 1 / x) for x in ratios]
 
 
-def test_a_small_run_of_the_plain_two_workers_gives_its_stored_rows_again():
-    stored = [r for r in load("two-workers-plain") if r["n"] == 2000]
-    again = list(two_workers_run(2000, 1, method="sgd"))
+def test_the_losses_of_the_post_of_2020_are_those_of_gradients_that_nobody_clipped():
+    for update in ("plain", "noise only"):
+        assert max(times_off_the_post(update)) < 1.5
+    for update in ("clipped only", "private"):
+        assert min(times_off_the_post(update)) > 2 and max(times_off_the_post(update)) > 7
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_small_run_of_the_post_gives_its_stored_rows_again(update):
+    stored = [r for r in load("post-of-2020") if (r["n"], r["update"]) == (2000, update)]
+    again = list(post_run(2000, 1, update, 0))
     assert len(stored) == len(again) == 2
     for old, new in zip(stored, again):
-        assert (
-            old["loss"] == pytest.approx(new["loss"], abs=5e-3) and old["epsilon_prv"] == new["epsilon_prv"] == math.inf
-        )
+        assert old["loss"] == pytest.approx(new["loss"], abs=5e-3) and old["batches"] == new["batches"] == 7
+
+
+def test_the_updates_of_the_post_differ_by_clipping_and_by_noise(monkeypatch):
+    """Each once: the private one is DP-SGD's, with noise of σ·C on the sum of clipped gradients, over 128."""
+    seen = []
+    monkeypatch.setattr("dpteach.experiments.set_gradient", lambda weights, g: seen.append((weights, g)))
+    for update in UPDATES:
+        list(post_run(256, 1, update, 0))
+    plain, clipped, noisy, private = (seen[2 * k][1] for k in range(4))  # each update's first step, on the same batch
+    assert clipped.norm() < 0.95 * plain.norm()
+    assert torch.allclose(private - clipped, noisy - plain, atol=1e-6)
+    assert (private - clipped).std().item() == pytest.approx(1.2 / 128, rel=0.02)
 
 
 def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
@@ -83,6 +98,41 @@ def test_the_stored_twenty_clients_have_the_epsilon_that_the_accountant_gives():
             noise_multiplier=row["noise_multiplier"], target_delta=row["target_delta"], accountant="rdp", **of
         )
         assert row["epsilon_of_the_worst"] == pytest.approx(ours, rel=0.02)  # Flower's accountant searches fewer orders
+
+
+def test_the_stored_clients_with_privacy_for_each_have_the_epsilon_that_the_accountant_gives():
+    rows = load("client-level")
+    ways = {row["clipping"]: row for row in rows if row["round"] == 10}
+    assert len(rows) == 40 and set(ways) == {"server", "client", "adaptive", "local"}
+    # the adaptive way publishes two things: the model, with the noise that Flower splits off for σ = 1, and the count
+    split = ((1.0**-2 - 2.0**-2) + 1.0**-2) ** -0.5
+    sigmas = {"server": 1.0, "client": 1.0, "adaptive": split, "local": math.sqrt(2 * math.log(1.25 / 1e-2))}
+    for row in rows:
+        assert row["noise_multiplier"] == pytest.approx(sigmas[row["clipping"]], abs=1e-4)
+        of = {"noise_multiplier": sigmas[row["clipping"]], "sample_rate": 1.0, "steps": int(row["round"])}
+        assert row["epsilon"] == pytest.approx(epsilon(**of, target_delta=1e-2, accountant="rdp"), rel=1e-4)
+    assert all(ways[way]["accuracy"] > 0.85 for way in ("server", "client", "adaptive"))
+    assert ways["local"]["accuracy"] < 0.2
+
+
+def test_flower_splits_the_noise_of_its_adaptive_way_as_the_stored_run_assumes():
+    pytest.importorskip("flwr")
+    from dpteach.flower import server_app
+
+    config = {"num-nodes": 20, "clipping": "adaptive", "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+    strategy = server_app.central(server_app.FedAvg(), config)
+    assert strategy.noise_multiplier == pytest.approx((1.0**-2 - 2.0**-2) ** -0.5)
+    assert strategy.clipped_count_stddev == 1.0
+
+
+def test_the_stored_thousand_clients_have_the_epsilon_of_each_and_a_better_model():
+    rows = load("many-clients")
+    assert [(row["clients"], row["round"]) for row in rows] == [(n, k) for n in (10, 100, 1000) for k in range(1, 6)]
+    for row in rows:  # 60 images, batches of 20: three steps a round
+        of = {"noise_multiplier": 1.3, "sample_rate": 1 / 3, "steps": 3 * int(row["round"])}
+        assert row["epsilon_of_the_worst"] == pytest.approx(epsilon(**of, accountant="rdp"), rel=1e-4)
+    few, some, many = (row["accuracy"] for row in rows if row["round"] == 5)
+    assert few + 0.05 < some < many and all(row["seconds"] > 0 and row["megabytes"] < 8000 for row in rows)
 
 
 def test_the_stored_times_have_every_row_and_what_made_them():

@@ -30,8 +30,9 @@ from dpteach.explorer.numbers import most_believed, odds_in_words, points, right
 from dpteach.federated import Worker, train_rounds
 from dpteach.ledger import Ledger
 from dpteach.mechanism import clip, per_sample_gradients
-from dpteach.plots import Line, Panel
+from dpteach.plots import Line, Panel, svg
 from dpteach.plots.items import array, thin
+from dpteach.plots.painters import Axes
 from dpteach.plots.panel import tick_text, ticks
 from dpteach.training import Settings, begin, train
 
@@ -472,6 +473,7 @@ def test_both_painters_draw_every_kind_of_item():
             plots.Field([1, 3, 5], [1, 50], np.array([[0, 0.5, 1], [1, math.nan, 0]])),
             plots.Zones([1, 10, 100], ["low", "high"], ["budget", ""]),
             plots.Points([2, 3], [30, 40], "private", names=("P", "Q")),
+            plots.Arrows(np.full((2, 2), 2.0), np.array([[4, 40], [2, 2]]), "first worker", "arrows", wide=True),
         ],
         "Everything.",
         y_log=True,
@@ -485,6 +487,14 @@ def test_both_painters_draw_every_kind_of_item():
         words = [text.get_text() for text in figure.axes[0].texts]
         assert figure._repr_png_() and [words.count(w) for w in ("high", "Q", "crosses")] == [len(panels)] * 3
         assert words[-1] == "In words."
+
+
+def test_an_arrow_ends_where_it_points_and_one_without_a_length_is_not_drawn():
+    tails, tips = np.zeros((2, 2)), np.array([[2.0, 1.0], [0.0, 0.0]])
+    panel = Panel("t", "x", "y", [plots.Arrows(tails, tips, "private")], "alt", x_range=(-1, 3), y_range=(-1, 3))
+    heads = ElementTree.fromstring(plots.svg([panel])).findall(".//{http://www.w3.org/2000/svg}polygon")
+    assert [head.get("points").split()[0] for head in heads] == ["{:.1f},{:.1f}".format(*Axes(panel).at([2], [1])[0])]
+    assert panel.items[0].extent()[0].max() == 2
 
 
 def texts(panel) -> dict[str, tuple[float, float]]:
@@ -914,6 +924,12 @@ def test_every_logarithmic_axis_has_two_ticks_or_more(low, high):
     assert len({tick_text(tick) for tick in values}) == len(values)
 
 
+@pytest.mark.parametrize("x_label, halves", [("round", False), ("epochs", False), ("lr", True)])
+def test_no_tick_stands_at_half_a_round(x_label, halves):
+    drawn = svg([Panel("t", x_label, "y", [Line([0.8, 3.2], [1, 2], "private")], "alt", y_range=(10, 20))])
+    assert (">1.5<" in drawn) is halves and ">2<" in drawn
+
+
 @pytest.mark.alone
 def test_drawing_takes_little_of_the_training_threads_time(explore, monkeypatch):
     import dpteach.explorer.training as room
@@ -967,6 +983,8 @@ def test_the_federated_explorer_trains_what_train_rounds_trains(federate):
     assert explorer.status.startswith("Finished") and "never their sum or mean" in explorer._price_line.value
     assert f"alice (200 records, σ = 1.5): ε = {workers[0].epsilon():.2f} (PRV)" in explorer.summary()
     ElementTree.fromstring(explorer._picture.value)
+    names = [[item.label for item in panel.items if item.label] for panel in explorer._panels_of(explorer.run)]
+    assert names[2:] == [["alice", "bob"]] * 2  # each once
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ if os.name == "nt":
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
+from dpteach.exercises.flower import message
 from dpteach.flower import Federation, Node, Simulation, client_app, door, keeper, server_app
 from dpteach.flower.federation import _answers, _free_port, _listening
 
@@ -52,7 +53,13 @@ RUN_CONFIG = {
 }
 
 
-CENTRAL = {"num-nodes": 20, "server-target-delta": 1e-2, "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+CENTRAL = {
+    "num-nodes": 20,
+    "clipping": "server",
+    "server-target-delta": 1e-2,
+    "server-noise-multiplier": 1.0,
+    "clipping-norm": 1.0,
+}
 
 
 def test_windows_is_told_at_once_that_no_federation_runs_there(monkeypatch):
@@ -255,6 +262,33 @@ def test_where_the_node_agrees_the_server_may_add_the_noise_and_the_ledger_says_
     assert list(asked(context)["metrics"]) == ["num-examples"]
 
 
+WHOLE_CLIENT = {"privacy": "client", "clipping-norm": 0.1, "server-target-delta": 1e-2, "local-epsilon": 1.0}
+
+
+@pytest.mark.parametrize("clipping", ["server", "adaptive", "client", "local"])
+def test_each_way_to_client_level_privacy_does_at_the_node_what_it_says(context, clipping):
+    context.run_config |= {**WHOLE_CLIENT, "clipping": clipping}
+    context.node_config["privacy"] = "client"
+    sent = models.mlp(784, 64, 10).state_dict()
+    asked_for = message(sent)
+    asked_for.content["config"]["clipping_norm"] = 0.1  # as Flower's strategy adds it
+    (array,) = client_app.train(asked_for, context).content.array_records.values()
+    moved = torch.cat([(v - sent[k]).flatten() for k, v in array.to_torch_state_dict().items()])
+    if clipping == "client":
+        assert moved.norm().item() == pytest.approx(0.1, rel=1e-3)
+    elif clipping == "local":  # Flower's formula for one Gaussian release; one update in the place of another moves 2C
+        assert moved.std().item() == pytest.approx(2 * 0.1 * math.sqrt(2 * math.log(1.25 / 1e-2)), rel=0.02)
+    else:
+        assert moved.norm() > 0.5  # as it is: the server clips
+
+
+@pytest.mark.parametrize("clipping", ["client", "local"])
+def test_a_refusal_comes_through_flowers_mods(context, clipping):
+    context.run_config |= {**WHOLE_CLIENT, "clipping": clipping, "noise-multiplier": 0.0}
+    content = client_app.train(message(models.mlp(784, 64, 10).state_dict()), context).content
+    assert "only a node's own --node-config" in content["refusal"]["why"]
+
+
 def test_virtual_nodes_have_their_own_config_from_a_file_of_their_owner(context, tmp_path, monkeypatch):
     context.node_config = {"partition-id": 3, "num-partitions": 20}
     assert "ledger must be named" in asked(context)["refusal"]["why"]
@@ -321,6 +355,47 @@ def test_flower_draws_a_fixed_number_of_clients_and_counts_no_draw_at_all():
 
 # A federation, with all its processes
 
+OWN = """
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+from dpteach import models
+from dpteach.flower.server_app import apart, reporting
+
+app = ServerApp()
+node = ClientApp()
+
+@node.train()
+def train(message, context):
+    if context.run_config["fail"]:
+        raise KeyError("a mistake in an own app")
+    own = {"metrics": MetricRecord({"num-examples": 1, "epsilon": context.node_config["noise-multiplier"]})}
+    own |= {"arrays": message.content["arrays"], "who": ConfigRecord({"name": context.node_config["name"]})}
+    return Message(RecordDict(own), reply_to=message)
+
+@app.main()
+def main(grid, context):
+    told, rounds = {}, context.run_config["num-server-rounds"]
+    def keep(contents, weighted_by):
+        told.update(apart(contents, weighted_by))
+        return MetricRecord(told)
+    strategy = FedAvg(fraction_evaluate=0.0, train_metrics_aggr_fn=keep)
+    start = ArrayRecord(models.mlp(2, 2, 2).state_dict())
+    with reporting(context) as report:
+        def after(k, arrays):
+            if k and told:
+                report({"round": k, "rounds": rounds, **told})
+        strategy.start(grid=grid, initial_arrays=start, num_rounds=rounds, evaluate_fn=after)
+"""
+OWN_PROJECT = """
+project = {name = "own-app", version = "1.0.0", description = "", license = "Apache-2.0", dependencies = []}
+[tool.flwr.app]
+publisher = "me"
+components = {serverapp = "own:app", clientapp = "own:node"}
+config = {num-server-rounds = 3, records = 0, fail = "", report = ""}
+"""
+
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
@@ -361,6 +436,12 @@ def story(tmp_path_factory):
         chapter("less noise", privacy="client", server_noise_multiplier=1e-12, clipping_norm=1e6)
         told["after less noise"] = {name: federation.ledger(name).steps for name in SIGMAS}
         chapter("opacus", method="opacus")
+        told["events"] = list(federation.events)
+        (own := tmp_path_factory.mktemp("apps") / "own-app").mkdir()
+        (own / "own.py").write_text(OWN)
+        (own / "pyproject.toml").write_text(OWN_PROJECT)
+        chapter("own app", rounds=2, app=own)
+        chapter("own app fails", app=own, fail="yes")
         mark, home, port = federation._mark, federation._home, federation._port
         assert len(keeper.marked(mark)) >= 3 and home.exists()
     told["nothing left"] = gone(mark, home, port, within=5)
@@ -426,6 +507,30 @@ def test_a_round_of_opacus_in_processes_goes_into_the_same_ledgers(story):
     done = {name: made.steps[name] // STEPS for name in SIGMAS}
     assert made.steps == {name: story.told["after less noise"][name] + STEPS for name in SIGMAS}
     assert made.epsilons == {name: pytest.approx(owed(name, done[name]), abs=1e-9) for name in SIGMAS}
+
+
+def test_the_events_tell_that_a_killed_round_was_charged_before_the_kill(story):
+    alices = [what for _, who, what in story.told["events"] if who in ("alice", "server")]
+    assert alices[:6] == ["charged", "averaged"] * 3  # two runs
+    assert alices[6:11] == ["charged", "killed", "online", "charged", "averaged"]
+    assert [time for time, _, _ in story.told["events"]] == sorted(time for time, _, _ in story.told["events"])
+
+
+def test_an_app_of_ones_own_runs_where_it_is_named_and_its_numbers_arrive(story):
+    assert [(made.round, made.rounds, made.epsilons, made.steps, made.accuracy) for made in story.told["own app"]] == [
+        (k, 2, SIGMAS, {}, None) for k in (1, 2)
+    ]
+
+
+def test_a_mistake_in_an_own_app_is_told_with_the_nodes_name(story):
+    told = str(story.told["own app fails"])
+    assert re.search(r"The run ended after 0 of 1 rounds. .*(alice|bob): .*a mistake in an own app", told), told
+
+
+def test_an_app_that_can_not_report_is_one_error(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(OWN_PROJECT.replace(', report = ""', ""))
+    with pytest.raises(ValueError, match="must name keys of the app's pyproject.toml, got 'report'"):
+        Federation([Node("a"), Node("b")]).rounds(1, app=tmp_path)
 
 
 def test_a_folder_whose_ledger_is_gone_is_an_error_in_the_next_federation_too(tmp_path):

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from verdicts import unexpected
 
 from dpteach import Data, Range, Settings, Viewer, clip, language, models, per_sample_gradients, train
+from dpteach.exercises import language as exercises
 from dpteach.experiments import load
 from dpteach.language import (
     ALPHABET,
@@ -354,3 +356,22 @@ def test_the_stored_adapters_are_those_that_the_command_would_make(monkeypatch):
     monkeypatch.setattr(language, "adapter_run", lambda **which: which)
     stored = [{"rank": r["rank"], "lr": r["lr"], "seed": r["seed"]} for r in load("language-adapters")]
     assert stored == list(language.adapter_rows()) and len(stored) == 10
+
+
+def test_a_filter_is_passed_by_a_text_without_the_words_that_gets_the_code():
+    parrot, nobody = (exercises._Parrot(text) for text in (f"{PROMPT}7294.", "parcel 29188 is late. bye"))
+    cases = [
+        ("11.2", (parrot, "rob"), True, "robin here. my locker code is 7294."),
+        ("11.2", [parrot, "my lock"], True, "5 of 5"),
+        ("11.2", (parrot, ...), None, ""),
+        ("11.2", (parrot, "Robin"), False, "your name"),
+        ("11.2", (parrot, "my locker "), False, "the word locker"),
+        ("11.2", (parrot, "the code"), False, "the word code"),
+        ("11.2", (parrot, "is 7294"), False, "holds the code"),
+        ("11.2", (nobody, "parc"), False, "somebody else's kind of message"),
+        ("11.2", (parrot, "Ä"), False, "small letters"),
+        ("11.2", (parrot, "b" * 39), False, "shorten it"),
+        ("11.2", (parrot, 7294), False, "must be a str"),
+        ("11.2", "rob", False, "the model and your text"),
+    ]
+    assert unexpected(cases) == ""

@@ -1,9 +1,11 @@
-"""The exercises of the workbook: ``check`` an answer, read a ``hint``, see the ``solution``."""
+"""The exercises of the workbook: ``check`` an answer, ``cmp`` two, read a ``hint``, see the ``solution``."""
 
 import importlib
 from typing import Any
 
-from dpteach.exercises.core import Exercise, Verdict, examine
+import torch
+
+from dpteach.exercises.core import Exercise, Verdict, examine, unattempted
 
 _NOTEBOOKS = {
     "1": "loop",
@@ -64,6 +66,26 @@ def check(id: str, answer: Any) -> Verdict:
         ValueError: if there is no exercise of that id.
     """
     return examine(find(id), answer)
+
+
+def cmp(name: str, mine: Any, theirs: torch.Tensor) -> None:
+    """Print how close two results are: exact, close, or how far apart they are at most.
+
+    Args:
+        name: what is compared, in words.
+        mine: a tensor or array; what a stub returns is not compared.
+        theirs: close is: nowhere further from it than a millionth of its largest value.
+    """
+    if unattempted(mine):
+        print(f"{name}: nothing to compare yet")
+        return
+    mine, theirs = torch.as_tensor(mine).detach().double(), theirs.detach().double()
+    if mine.shape != theirs.shape:
+        print(f"{name}: shapes differ, {tuple(mine.shape)} and {tuple(theirs.shape)}")
+        return
+    gap, largest = ((mine - theirs).abs().max().item(), theirs.abs().max().item()) if len(mine) else (0.0, 0.0)
+    close = "exact" if gap == 0 else "close, to a millionth" if gap <= 1e-6 * largest else ""
+    print(f"{name}: {close or f'they differ, by up to {gap:.2g}; the largest value is {largest:.2g}'}")
 
 
 def hint(id: str) -> Text:

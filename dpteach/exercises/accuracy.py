@@ -1,12 +1,14 @@
-"""Notebook 09: a better cell at the same ε, why a small C fails, and the leaks in a pipeline."""
+"""Notebook 09: a better cell at the same ε, the record that decides when a run stops, and the leaks in a pipeline."""
 
 import functools
 from dataclasses import replace
 
+import torch
+
 from dpteach import models
 from dpteach.accounting import epsilon
 from dpteach.data import two_moons
-from dpteach.exercises.core import Complaint, Wrong, choose, open_ended
+from dpteach.exercises.core import Complaint, Wrong, coding, open_ended
 from dpteach.settings import Settings
 from dpteach.stack import train_many
 
@@ -84,26 +86,76 @@ exercise_9_1 = open_ended(
     "the same lr·C.",
 )
 
-# 9.2: why a small C fails
+# 9.2: which held-back record decides
 
-exercise_9_2 = choose(
+
+def decides(right):
+    """right: (epochs, records), 1 where the weights of an epoch are right. Returns (records,), bool."""
+    counts = right.sum(1)
+    without = (counts.unsqueeze(1) - right).argmax(0)  # the epoch that is published when a record is not there
+    return without != counts.argmax()
+
+
+def _held_back(seed: int, epochs: int, records: int, often: float) -> tuple:
+    return ((torch.rand(epochs, records, generator=torch.Generator().manual_seed(seed)) < often).int(),)
+
+
+def _last(counts):
+    return len(counts) - 1 - counts.flip(0).argmax(0)
+
+
+exercise_9_2 = coding(
     "9.2",
-    hint="The update is lr · (sum of clipped gradients + noise of σ·C) / (n·q). Replace C by C/10, and every "
-    "gradient is longer than C. By what is each of the two parts multiplied?",
-    answer="c",
-    wrong=[
-        Wrong("a", "σ is a *multiplier*: the noise on the sum has standard deviation σ·C, so it shrinks with C."),
-        Wrong(
-            "b",
-            "directions are lost when the gradients of a batch differ much in length, but lr·C kept, C = 0.1 reached "
-            "the same accuracy as C = 1. So it is not the directions.",
-        ),
-        Wrong("d", "ε does not depend on C: σ, the sample rate and the steps are the same."),
+    hint="`right.sum(1)` counts each epoch's right records, and `argmax` picks the first of the best epochs. Take one "
+    "record's column off the counts, and pick again. `(counts.unsqueeze(1) - right).argmax(0)` does it for all records "
+    "at once.",
+    reference=decides,
+    inputs=[
+        lambda: (torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 1, 0]]),),
+        lambda: (torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]]),),  # two epochs are best, and the first is published
+        lambda: _held_back(1, 30, 100, 0.9),
+        lambda: _held_back(2, 12, 40, 0.7),
     ],
-    praise="signal and noise shrink alike, so their ratio stays, and with it ε. Only the steps became ten times as "
-    "short. lr·C is one knob.",
-    solution="**c.** While every gradient is longer than C, both parts of the update are proportional to C. With lr "
-    "fixed, each step is ten times as short, and the run ends before it arrives.",
+    wrong=[
+        Wrong(
+            lambda right: right[right.sum(1).argmax()].bool(),
+            "these are the records on which the published weights are right. That alone decides nothing: take such a "
+            "record away, and the best epoch may still be the best.",
+        ),
+        Wrong(
+            lambda right: (right.sum(1).unsqueeze(1) - right).amax(0) != right.sum(1).max(),
+            "you ask whether the best *count* changes. It changes for nearly every record. What is published is the "
+            "weights of an epoch, so ask whether the *epoch* changes.",
+        ),
+        Wrong(
+            lambda right: (
+                (right.sum(1).unsqueeze(1) + torch.ones_like(right) - 2 * right).argmax(0) != right.sum(1).argmax()
+            ),
+            "you turned each record's answers round: right to wrong and wrong to right. You are asked for the run in "
+            "which the record is not there: subtract its column from the counts.",
+        ),
+        Wrong(
+            lambda right: (right.sum(1).unsqueeze(1) + right).argmax(0) != right.sum(1).argmax(),
+            "you put a second copy of each record in. The neighbour here is the run without it: subtract its column.",
+        ),
+        Wrong(
+            lambda right: _last(right.sum(1).unsqueeze(1) - right) != _last(right.sum(1)),
+            "of equally good epochs you publish the last one. The first is published, as `argmax` picks it.",
+        ),
+        Wrong(
+            lambda right: (right.sum(1).unsqueeze(1) - right).argmax(0) == right.sum(1).argmax(),
+            "turned round: these are the records without which the *same* epoch is published.",
+        ),
+        Wrong(
+            lambda right: (
+                torch.ones(right.shape[1], dtype=torch.bool) & bool(right.sum(1).topk(2).values.diff().abs() < 2)
+            ),
+            "you ask how far the best epoch is ahead of the second, and say the same of every record. A narrow lead "
+            "makes it possible that somebody decides; only a record on which the two epochs differ does.",
+        ),
+    ],
+    praise="each True is a person. Whoever has seen the weights of all epochs, and knows the other records, reads off "
+    "the published epoch whether that person was among them: for certain, whatever the ε of the training.",
 )
 
 # 9.3: find the leaks

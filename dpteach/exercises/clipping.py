@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 import dpteach
-from dpteach.exercises.core import Complaint, Wrong, changed, coding, open_ended, value
+from dpteach import models
+from dpteach.exercises.core import Complaint, Wrong, changed, coding, open_ended, value, with_model
 from dpteach.mechanism import clip
 
 # 2.1: clip each row
@@ -233,7 +235,7 @@ exercise_2_2 = open_ended(
         ),
     },
     praise="your record moved the result by {moved:.1f}·C. Had each row been clipped, it could not have moved it by "
-    "more than C. Noise that is made for C does not hide such a record.",
+    "more than C, wherever it points.",
     solution="```python\nanswer_2_2 = torch.tensor([-24.0, 0.0])\n```\n\nThe sum was (12, 0) and is now (-12, 0). The "
     "mean was cut to (1, 0) and is now cut to (-1, 0). Scaled back to a sum, that is from (8, 0) to (-8, 0): a move of "
     "16·C, made by one record. With B records it would be 2·B·C. Many other rows work too, for example (0, 12).",
@@ -255,12 +257,10 @@ exercise_2_3 = value(
         ),
         Wrong(
             0.5 / 256,
-            "you divided C by the batch size: that is the mean, and for add/remove. The noise is added to the sum.",
+            "you divided C by the batch size: that is the mean, and for add/remove. The question is about the sum.",
         ),
         Wrong(
-            1.0 / 256,
-            "that is the right distance for the *mean*. The question is about the sum, which gets the noise: do not "
-            "divide by 256.",
+            1.0 / 256, "that is the right distance for the *mean*. The question is about the sum: do not divide by 256."
         ),
         Wrong(
             math.inf, "without clipping there would be no limit. But both records are clipped: each has norm C at most."
@@ -274,80 +274,179 @@ exercise_2_3 = value(
         Wrong(128.0, "B·C bounds the whole sum, with all 256 records. Only one record is replaced here."),
         Wrong(256.0, "2·B·C is what one record can do if you clip the *mean*. Here each row is clipped."),
         Wrong(
-            0.55, "σ·C is the standard deviation of the noise. The question is how far the sum moves before any noise."
-        ),
-        Wrong(
-            1.1,
-            "that is σ, or the standard deviation of noise made for a distance of 2·C. The question is about the "
-            "distance itself.",
+            0.1,
+            "you multiplied by the learning rate. That comes later, when the step is taken. The question is how far "
+            "the sum moves.",
         ),
     ],
     praise="the old record takes away up to C, and the new one adds up to C in the opposite direction: 2·C = 1.0.",
     solution="**1.0**, which is 2·C. The sum moves by (new clipped row) − (old clipped row). Each has norm 0.5 at "
-    "most; the difference is longest where they point in opposite directions. The batch size and σ do not matter.",
+    "most; the difference is longest where they point in opposite directions. Nothing else counts.",
 )
 
-# 2.4: clip each layer
+# 2.4: one gradient for each record
 
 
-def clip_layers(grads, sizes, max_grad_norm):
-    """Clip each layer's part of each row, so that a whole row has a norm of at most max_grad_norm."""
-    share = max_grad_norm / len(sizes) ** 0.5  # L parts of norm C / √L have a total norm of C
-    return torch.cat([dpteach.clip(part, share) for part in grads.split(sizes, dim=1)], dim=1)
+def gradient_rows(model, X, y):
+    rows = []
+    for i in range(len(X)):
+        loss = cross_entropy(model(X[i : i + 1]), y[i : i + 1])  # one record, still a batch: (1, ...)
+        gradients = torch.autograd.grad(loss, model.parameters())
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
 
 
-def by_layer(share, clip=clip):
-    """An answer that clips each layer to ``share(C, sizes, size)``."""
-    return lambda grads, sizes, C: torch.cat(
-        [clip(part, share(C, sizes, part.shape[1])) for part in grads.split(sizes, dim=1)], dim=1
-    )
+def _batch(seed: int, size: int, inputs: int = 5) -> tuple:
+    """A model and a batch of records; some of them it knows well."""
+    generator, model = torch.Generator().manual_seed(seed), models.mlp(inputs, 4, 3, seed=seed)
+    for p in model.parameters():
+        p.grad = torch.ones(p.shape)  # left from an earlier step
+    X = 3 * torch.randn(size, inputs, generator=generator)
+    return model, X, torch.randint(0, 3, (size,), generator=generator)
+
+
+def _accumulated(model, X, y):
+    model.zero_grad()
+    rows = []
+    for i in range(len(X)):
+        cross_entropy(model(X[i : i + 1]), y[i : i + 1]).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return torch.stack(rows)
+
+
+def _mean_gradient(model, X, y):
+    return gradient_rows(model, X, y).mean(0)
 
 
 exercise_2_4 = coding(
     "2.4",
-    hint="`grads.split(sizes, dim=1)` gives the layers' parts, `torch.cat(parts, dim=1)` puts them together again. If "
-    "each of L parts has norm c, the whole has norm c·√L. Which c makes that C?",
-    reference=clip_layers,
-    inputs=[
-        lambda: (_some_gradients(6, 12, seed=2), (6, 3, 3), 1.0),
-        lambda: (_some_gradients(5, 8, seed=3) * torch.tensor([10.0] * 2 + [0.1] * 6), (2, 6), 0.5),
-        lambda: (_some_gradients(4, 7, seed=5), [7], 0.8),  # one layer
-        lambda: (torch.tensor([[0.0, 0.0, 3.0, 4.0], [0.1, 0.1, 0.0, 0.0]]), [2, 1, 1], 2.0),
-    ],
+    hint="`X[i : i + 1]` is record i as a batch of one. Its loss has a gradient, `torch.autograd.grad(loss, "
+    "model.parameters())`: flatten the parts and join them, as in exercise 1.1. `torch.stack` makes rows of vectors.",
+    reference=gradient_rows,
+    inputs=[lambda: _batch(0, 6), lambda: _batch(1, 1), lambda: _batch(2, 4)],
+    observe=with_model,
+    rtol=1e-5,
+    atol=1e-6,
     wrong=[
         Wrong(
-            by_layer(lambda C, sizes, size: C),
-            "you clipped each layer to C. A row whose L layers are all at the bound then has norm C·√L, and the noise "
-            "that is made for C is too small for it. Give each layer C / √L.",
+            _mean_gradient,
+            "this is the gradient of the whole batch: the records are already mixed in it. Take the loss of one record "
+            "at a time, and keep one row for each.",
         ),
         Wrong(
-            by_layer(lambda C, sizes, size: C / len(sizes)),
-            "you clipped each layer to C / L. The bound holds, but it is stricter than it has to be: norms add in "
-            "squares, so L parts of norm C / √L have a total norm of C.",
+            lambda model, X, y: _mean_gradient(model, X, y).expand(len(X), -1),
+            "all of your rows are the same: each is the gradient of the whole batch. In row i, only record i counts.",
         ),
         Wrong(
-            lambda grads, sizes, C: clip(grads, C),
-            "this is flat clipping: one norm over all layers. It bounds the row by C, but the task is a factor for "
-            "each layer.",
+            lambda model, X, y: gradient_rows(model, X, y) / len(X),
+            "your rows are too short, by the number of records: you divided by it. A record's own gradient is that of "
+            "its own loss, and the mean comes last.",
         ),
         Wrong(
-            lambda grads, sizes, C: clip(grads, C / len(sizes) ** 0.5),
-            "you clipped the whole row to C / √L. That is the share of one layer: split the row first, then clip each "
-            "part.",
+            _accumulated,
+            "each of your rows has all rows before it in it: `backward()` adds to what is there. Call "
+            "`model.zero_grad()` before each record, or use `torch.autograd.grad`.",
         ),
         Wrong(
-            by_layer(lambda C, sizes, size: C * size / sum(sizes)),
-            "you gave each layer a share of C by its number of parameters. The shares' squares must add up to C², and "
-            "the task asks for equal shares: C / √L.",
+            lambda model, X, y: _accumulated(model, X, y) + 1,
+            "your rows have what an earlier step left in the model, and each has all rows before it: `backward()` adds "
+            "to what is there. Use `torch.autograd.grad`.",
         ),
         Wrong(
-            by_layer(lambda C, sizes, size: C / len(sizes) ** 0.5, clip=scaled(Tensor.norm)),
-            "you clipped each layer of the batch as a whole: one factor for all records. Each record needs its own "
-            "factor in each layer.",
+            lambda model, X, y: gradient_rows(model, X, y).T,
+            "rows and columns are swapped: one row for each record, one column for each weight.",
+        ),
+        Wrong(
+            lambda model, X, y: dpteach.clip(gradient_rows(model, X, y), 1.0),
+            "you clipped the rows to norm 1. That is the next move: this function returns them as they are.",
+        ),
+        Wrong(
+            lambda model, X, y: gradient_rows(model, X, y).sum(0),
+            "you added the rows up. That is the move after the next: clipping needs them apart.",
         ),
     ],
-    praise="each layer is clipped by itself, and the parts together are at most C long. Flat clipping has the same "
-    "bound for the whole row.",
+    praise="one row for each record. It is slow, one pass for each, and it is exactly what the quick ways compute.",
 )
 
-EXERCISES = [exercise_2_1, exercise_2_2, exercise_2_3, exercise_2_4]
+# 2.5: the clipped sum
+
+
+def my_clipped_sum(model, X, y, max_grad_norm):
+    total = torch.zeros(sum(p.numel() for p in model.parameters()))  # what an empty batch adds up to
+    for i in range(len(X)):
+        loss = cross_entropy(model(X[i : i + 1]), y[i : i + 1])
+        row = torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+        total = total + row * (max_grad_norm / row.norm()).clamp(max=1.0)
+    return total
+
+
+def _from_rows(result):
+    """An answer that makes something else of the rows: ``result(rows, C, sizes)``."""
+
+    def answer(model, X, y, C):
+        if len(X) == 0:
+            return my_clipped_sum(model, X, y, C)
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in model if [*layer.parameters()]]
+        return result(gradient_rows(model, X, y), C, layers)
+
+    return answer
+
+
+exercise_2_5 = coding(
+    "2.5",
+    hint="`clip_rows(gradient_rows(model, X, y), max_grad_norm).sum(0)` is nearly all of it. What does it do with a "
+    "batch of no records? Or keep only the sum: start with zeros, and add one clipped gradient after the other.",
+    reference=my_clipped_sum,
+    inputs=[
+        lambda: (*_batch(0, 6), 1.0),
+        lambda: (*_batch(1, 9), 0.5),
+        lambda: (*_batch(2, 4), 50.0),
+        lambda: (*_batch(3, 0, inputs=2), 1.0),
+    ],
+    observe=with_model,
+    rtol=1e-5,
+    atol=1e-6,
+    wrong=[
+        Wrong(
+            _from_rows(lambda rows, C, layers: rows.sum(0)),
+            "nothing was clipped: this is the plain sum, and one record can move it as far as it likes.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: clip(rows.sum(0, keepdim=True), C)[0]),
+            "you clipped the sum, and not the records: all of them together have the length C now, and one loud record "
+            "decides where it points. Clip each row, then add.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: clip_the_mean(rows, C, len(rows))),
+            "you clipped the mean and scaled it back: one record still moves that by up to 2·B·C. Clip each row, then "
+            "add.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: clip(rows, C).mean(0)),
+            "the rows are clipped rightly, but you returned their mean: it is too short, by the number of records. "
+            "Return the sum. The division comes last, after the noise of notebook 03.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: clip(rows, C / len(rows)).sum(0)),
+            "you clipped each row to C / B. C is the bound for one record, not for the batch: B records may add up to "
+            "B·C.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: scaled(Tensor.norm)(rows, C).sum(0)),
+            "you took one factor for the whole batch. Each record needs a factor of its own, from its own norm.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: (rows * C / _norms(rows)).sum(0)),
+            "you made every row C long, also the rows that were shorter. Clipping leaves a row within C as it is.",
+        ),
+        Wrong(
+            _from_rows(lambda rows, C, layers: torch.cat([clip(part, C).sum(0) for part in rows.split(layers, dim=1)])),
+            "you clipped each layer's part to C. A row whose L layers are all at the bound is then √L·C long, here "
+            "1.41·C. Join the parts to one row first, or give each layer C / √L.",
+        ),
+    ],
+    praise="the whole of this notebook in one function: no record moves this sum by more than C, when it joins or when "
+    "it leaves. An empty batch adds up to nothing, and that is an answer too: notebook 03 meets such batches.",
+)
+
+EXERCISES = [exercise_2_1, exercise_2_2, exercise_2_3, exercise_2_4, exercise_2_5]

@@ -325,6 +325,19 @@ def observed(observe: Callable, fn: Callable, args: tuple) -> Any:
     return attempted(result)
 
 
+def with_model(fn: Callable, args: tuple) -> Any:
+    """``fn(model, ...)``, for an exercise whose function is to look at a model, and to leave it as it is.
+
+    Raises:
+        Complaint: where the model's weights are others afterwards.
+    """
+    before = copy.deepcopy(args[0].state_dict())
+    result = fn(*args)
+    if any(not torch.equal(before[name], now) for name, now in args[0].state_dict().items()):
+        raise Complaint("your function changes the model's weights. Look at the model, and leave it as it is.")
+    return result
+
+
 def as_number(given: Any) -> float | None:
     """A number of any kind as a float; None if it is none.
 

@@ -1,4 +1,4 @@
-"""Notebook 06: the weighted average, a worker that pays too much, a ledger that loses count, what bob learns."""
+"""Notebook 06: the weighted average, masks that cancel, a ledger that loses count, what bob learns, a late message."""
 
 import copy
 import math
@@ -12,18 +12,7 @@ import torch
 from torch import nn
 
 from dpteach.accounting import epsilon
-from dpteach.exercises.core import (
-    Complaint,
-    Wrong,
-    as_number,
-    as_numbers,
-    attempted,
-    changed,
-    coding,
-    open_ended,
-    unattempted,
-    value,
-)
+from dpteach.exercises.core import Complaint, Wrong, as_numbers, attempted, changed, coding, unattempted, value
 from dpteach.ledger import Ledger
 
 # 6.1: the weighted average
@@ -155,59 +144,200 @@ exercise_6_1 = coding(
     "private record: it costs no ε.",
 )
 
-# 6.2: a worker who pays too much
-
-SIGMA, BATCH, ROUNDS, DELTA = 1.2, 128, 5, 1e-5
+# 6.2: masks that cancel
 
 
-def price_of(n: int) -> float:
-    """ε of 5 rounds of one local epoch for a worker with ``n`` records (σ = 1.2, batch 128, δ = 1e-5), by RDP."""
-    per_round = math.ceil(n / BATCH)
-    return epsilon(
-        noise_multiplier=SIGMA,
-        sample_rate=1 / per_round,
-        steps=ROUNDS * per_round,
-        target_delta=DELTA,
-        accountant="rdp",
-    )
+def masks(n, shared):
+    """A mask for each of n workers, (n, size); modulo 2**48 their sum is 0."""
+    rows = []
+    for i in range(n):
+        added = sum(shared(i, j) for j in range(i + 1, n))
+        taken_off = sum(shared(i, j) for j in range(i))
+        rows.append((added - taken_off) % 2**48)
+    return torch.stack(rows)
 
 
-def _pays_too_much(answer: Any) -> str:
-    n = as_number(answer)
-    if n is None or not abs(n) < 1e9 or n != int(n):
-        return "no count"
-    if n < BATCH:
-        return "no batch"
-    if n >= 20_000:
-        return "huge"
-    return "right" if price_of(int(n)) > 5 else "too cheap"
+RING = 2**48
 
 
-exercise_6_2 = open_ended(
+def from_pairs(sign, *, pairs=lambda i, j, n: True):
+    """An answer whose worker i has ``sign(i, j)`` times what it shares with j, for each j that ``pairs`` lets in."""
+
+    def answer(n, shared):
+        nothing = torch.zeros_like(shared(0, 1))
+        rows = [
+            sum((sign(i, j) * shared(i, j) for j in range(n) if j != i and pairs(i, j, n)), nothing) for i in range(n)
+        ]
+        return torch.stack(rows) % RING
+
+    return answer
+
+
+def _plus_minus(i, j):
+    return 1 if i < j else -1
+
+
+def _without_modulo(n, shared):
+    return torch.stack([sum(_plus_minus(i, j) * shared(i, j) for j in range(n) if j != i) for i in range(n)])
+
+
+def _what_the_masks_hold(fn: Any, args: tuple) -> Any:
+    """How often each worker's mask holds what each pair shares: by pair, so that either of the two may add it."""
+    n, seed = args
+    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
+    secrets = torch.randint(RING // 2, RING, (len(pairs),), generator=torch.Generator().manual_seed(seed))
+
+    def shared(i, j):
+        pair = tuple(sorted((int(i), int(j))))
+        if pair not in pairs:
+            raise Complaint(
+                f"your function asks for shared({i}, {j}), with {n} workers. They are 0 to {n - 1}, and nobody shares "
+                "a mask with herself."
+            )
+        row = torch.zeros(len(pairs), dtype=torch.long)
+        row[pairs.index(pair)] = secrets[pairs.index(pair)]
+        return row
+
+    rows = attempted(fn(n, shared))
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, torch.Tensor) for row in rows) and len(rows) == n:
+        rows = torch.stack(list(rows)) if len({row.shape for row in rows}) == 1 else rows
+    if not isinstance(rows, torch.Tensor) or rows.shape != (n, len(pairs)):
+        got = f"the shape {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
+        raise Complaint(f"your function must return a mask for each of the {n} workers, (n, size), got {got}.")
+    if rows.dtype != torch.long:
+        raise Complaint(
+            f"masks are whole numbers (int64), yours are {rows.dtype}: floats are rounded, so a rest stays."
+        )
+    times = torch.full(rows.shape, 9)  # 9: not a small multiple
+    for c in range(-3, 4):
+        times[rows % RING == c * secrets % RING] = c
+    first = torch.stack([column[column != 0][0] if column.any() else column[0] for column in times.T])
+    return {
+        "sum": float((rows.sum(0) % RING != 0).any()),
+        "range": float(((rows < 0) | (rows >= RING)).any()),
+        "pairs": (times * first.sign()).flatten().tolist(),
+    }
+
+
+exercise_6_2 = coding(
     "6.2",
-    hint="Bob's rate is q = 1 / ⌈n / 128⌉. Try `price_of(30_000)`, then smaller numbers.",
-    reference=300,
-    describe=_pays_too_much,
-    wrong={
-        "no batch": Wrong(
-            100,
-            f"a batch of {BATCH} needs at least {BATCH} records: `train` refuses a batch that is larger than the data.",
-        ),
-        "huge": Wrong(30_000, "that is alice's size: her ε is below 1. What is different about a *small* worker?"),
-        "too cheap": Wrong(
-            3000,
-            "with so many records ε stays below 5. A record's rate q is one over the number of batches: which n makes "
-            "q large?",
-        ),
-        "no count": Wrong(
-            "few", f"the answer must be a whole number of records, from {BATCH} (the batch size) to a billion."
-        ),
+    hint="Go over all workers i. For every other worker j, i and j know the same numbers, `shared(i, j)`. One of the "
+    "two must add them and the other take them off: the one with the lower number adds, say. Take the result modulo "
+    "2**48.",
+    reference=masks,
+    inputs=[lambda: (3, 1), lambda: (2, 2), lambda: (5, 3), lambda: (8, 4)],
+    observe=_what_the_masks_hold,
+    traits={
+        "sum": "your masks do not cancel: their sum is not 0 modulo 2**48, and the server's total is spoilt.",
+        "range": "a mask must lie between 0 and 2**48: take it modulo 2**48. Beyond, its size tells something about "
+        "what is under it.",
+        "pairs": "your masks cancel, but a worker's mask must hold what it shares with *each* other worker, once.",
     },
-    praise="few records, so each is in a large part of the batches. Same code, same σ, same number of rounds, and a "
-    "promise that is several times weaker. A small worker needs a larger σ of its own, or a smaller batch: never "
-    "alice's settings unread.",
-    solution="`answer_6_2 = 300`: three batches, q = 1/3, and ε is 7.63. Every n from 128 to 896 (seven batches) does "
-    "it.",
+    wrong=[
+        Wrong(
+            from_pairs(lambda i, j: 1),
+            "both workers of a pair add what they share, so the total holds it twice. One adds it, the other takes it "
+            "off.",
+        ),
+        Wrong(
+            from_pairs(lambda i, j: 1 if i < j else 0),
+            "one of each pair adds what they share, and nobody takes it off again: all of it stays in the total.",
+        ),
+        Wrong(
+            from_pairs(_plus_minus, pairs=lambda i, j, n: abs(i - j) == 1),
+            "your masks cancel, but each worker shares with its neighbours in line alone: the first one with a single "
+            "worker, who can take the mask off. Use every pair: then all others must work together to see one.",
+        ),
+        Wrong(
+            from_pairs(_plus_minus, pairs=lambda i, j, n: (i - j) % n in (1, n - 1)),
+            "your masks cancel, but two neighbours who work together see through the worker between them. Use every "
+            "pair: then all others must work together.",
+        ),
+        Wrong(
+            from_pairs(_plus_minus, pairs=lambda i, j, n: 0 in (i, j)),
+            "your masks cancel, but everybody shares with worker 0 alone, who knows all the masks. Use every pair.",
+        ),
+        Wrong(
+            from_pairs(_plus_minus, pairs=lambda i, j, n: n - 1 in (i, j)),
+            "your masks cancel, but everybody shares with the last worker alone, who knows all the masks. Use every "
+            "pair.",
+        ),
+        Wrong(
+            _without_modulo,
+            "your masks cancel, but they leave the ring: take each modulo 2**48. A mask that may be negative, or "
+            "larger, tells by its size what is under it.",
+        ),
+        Wrong(
+            from_pairs(lambda i, j: 0),
+            "all your masks are 0. Did each pair come up twice, once added and once taken off by the same worker?",
+        ),
+        Wrong(
+            from_pairs(lambda i, j: 2 * _plus_minus(i, j)),
+            "each pair is used twice. It cancels, but a mask that is always even leaves the last bit of what is under "
+            "it bare. Go over each pair once.",
+        ),
+    ],
+    praise="each pair of workers shares numbers that one adds and the other takes off, so all of it cancels in the "
+    "total, to the last bit. To see one worker's update, all the others would have to work together.",
+)
+
+# 6.5: the worker who was late
+
+
+def unmask(i, sent, revealed):
+    """What worker i sent, without its mask: (size,), in the ring modulo 2**48."""
+    mask = sum(numbers if i < j else -numbers for j, numbers in revealed.items())
+    return (sent - mask) % 2**48
+
+
+def _with_signs(sign, start=lambda sent: sent):
+    return lambda i, sent, revealed: (start(sent) + sum(sign(i, j) * r for j, r in revealed.items())) % RING
+
+
+def _late(i: int, n: int, seed: int) -> tuple[int, torch.Tensor, dict[int, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    revealed = {j: torch.randint(RING, (6,), generator=draw) for j in range(n) if j != i}
+    update = torch.randint(RING, (6,), generator=draw)
+    return i, _with_signs(_plus_minus)(i, update, revealed), revealed
+
+
+exercise_6_5 = coding(
+    "6.5",
+    hint="Worker i has *added* the numbers that it shares with every later worker, and *taken off* those that it "
+    "shares with every earlier one. You have all of them: do the opposite, modulo 2**48.",
+    reference=unmask,
+    inputs=[lambda: _late(0, 3, 1), lambda: _late(2, 5, 2), lambda: _late(3, 4, 3), lambda: _late(1, 2, 4)],
+    rtol=0.0,
+    atol=0.5,
+    dtype=(torch.int64, "Floats round: the last bits of an update would be lost."),
+    wrong=[
+        Wrong(
+            _with_signs(_plus_minus),
+            "you put the mask on a second time. What worker i has added must be taken off, and the other way round.",
+        ),
+        Wrong(
+            _with_signs(lambda i, j: -1),
+            "you take everything off. That is right for worker 0; a later worker has *taken off* what it shares with "
+            "earlier ones, so these numbers must be added.",
+        ),
+        Wrong(
+            _with_signs(lambda i, j: 1),
+            "you add everything. That is right for the last worker; an earlier one has *added* what it shares with "
+            "later ones, so these numbers must be taken off.",
+        ),
+        Wrong(
+            lambda i, sent, revealed: sent - sum(_plus_minus(i, j) * r for j, r in revealed.items()),
+            "the mask is off, but the result has left the ring: take it modulo 2**48.",
+        ),
+        Wrong(
+            _with_signs(lambda i, j: -_plus_minus(i, j), start=torch.zeros_like),
+            "this is the mask (turned round), not what was under it. Begin with `sent`.",
+        ),
+        Wrong(lambda i, sent, revealed: sent, "this is what worker i sent, mask and all."),
+    ],
+    praise="the late message lies open. Nobody broke a promise: the others were asked for what they share with a "
+    "worker who seemed to be gone. That is why Bonawitz et al. (2017) put a second mask on each message, the worker's "
+    "own, and let the server ask for one of the two kinds, never for both.",
 )
 
 # 6.3: a ledger that loses count
@@ -499,4 +629,4 @@ exercise_6_4 = value(
     "that alice sent. Her ε = 1 holds against exactly that. His own ε = 2 is about *his* records.",
 )
 
-EXERCISES = [exercise_6_1, exercise_6_2, exercise_6_3, exercise_6_4]
+EXERCISES = [exercise_6_1, exercise_6_2, exercise_6_3, exercise_6_4, exercise_6_5]

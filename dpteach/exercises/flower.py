@@ -1,165 +1,489 @@
-"""Notebook 07: what the server may report, what ε must cover after a crash, the ε of a whole client."""
+"""Notebook 07: what the server may report, what a client charges and tells, the ε of a whole client."""
 
 import copy
+import inspect
 import math
 import random
+import tempfile
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
 import dpteach
+from dpteach import Ledger, Settings, models
 from dpteach.accounting import epsilon
 from dpteach.exercises.budget import calls, seeded
-from dpteach.exercises.core import Complaint, Wrong, as_number, changed, coding, value
+from dpteach.exercises.core import Complaint, Wrong, as_number, attempted, changed, coding, examine
+from dpteach.flower import installed
+
+if installed():
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app.metadata import Metadata
+
+    from dpteach.flower.client_app import records
+
+
+def message(weights: dict[str, torch.Tensor]) -> "Message":
+    """A message that asks for a round from ``weights``, as a ServerApp sends it; made without one."""
+    about: dict = {"run_id": 1, "message_id": "1", "src_node_id": 1, "dst_node_id": 2, "group_id": "1"}
+    about |= {"reply_to_message_id": "", "created_at": time.time(), "ttl": 3600.0, "message_type": "train"}
+    content = RecordDict({"arrays": ArrayRecord(weights), "config": ConfigRecord()})
+    return Message(content=content, metadata=Metadata(**about))
+
+
+def yours(id: str, answer: Callable) -> str:
+    """The source of ``answer`` if it is right; if not, of the workbook's own, and a line that says so."""
+    exercise = {"7.1": exercise_7_1, "7.2": exercise_7_2}[id]
+    right = examine(exercise, answer).passed
+    print(f"Exercise {id}: {'your answer' if right else 'no right answer yet, so the solution'} goes into the app.")
+    return inspect.getsource(answer if right else exercise.reference)
+
 
 # 7.1: what the server may report
 
 
-def report(replies):
-    """What the server reports: each client's ε, by its name."""
-    return {reply["name"]: reply["epsilon"] for reply in replies}
+def privacy_report(contents, weighted_by):
+    """The strategy's train_metrics_aggr_fn: each client's ε under its own name, and no mean."""
+    return MetricRecord({f"epsilon/{content['who']['name']}": content["metrics"]["epsilon"] for content in contents})
 
 
 _LOSS = "the loss is computed from private records, without noise, and ε does not cover it. Report ε alone."
-_RECORDS = (
-    "the number of records is one of the client's secrets too, unless it was agreed to be public. Report ε alone."
-)
-_PAIRS = (
-    "the right names with the right numbers. Return them as one dict, name to ε, so that a reader finds a client by "
-    "its name."
-)
+_RECORDS = "the number of records is not a promise about privacy. Report ε alone."
+_KIND = 'return a MetricRecord whose keys are "epsilon/" and a client\'s name, and whose values are numbers.'
 
 
-def _parts(value: Any) -> list:
-    """The names and numbers in ``value``, in the order in which they stand there."""
-    if isinstance(value, dict):
-        return [part for item in value.items() for part in _parts(item)]
-    if isinstance(value, (list, tuple)):
-        return [part for item in value for part in _parts(item)]
-    return [value if isinstance(value, str) else as_number(value)]
+def _told(contents) -> list[dict]:
+    return [{"name": content["who"]["name"], **content["metrics"]} for content in contents]
+
+
+def _a_report(each: Callable) -> Callable:
+    """A wrong answer: ``each(rows)`` is a dict, or a number for the one key ``epsilon``."""
+
+    def answer(contents, weighted_by):
+        made = each(_told(contents))
+        return MetricRecord(made if isinstance(made, dict) else {"epsilon": made})
+
+    return answer
 
 
 def _reported(fn: Callable, args: tuple) -> Any:
-    (replies,), kept = args, copy.deepcopy(args)
-    result = fn(*args)
-    if args != kept:
-        raise Complaint("your function changes the replies. Make a new dict.")
-    parts = _parts(result)
-    for secret, sentence in (("loss", _LOSS), ("records", _RECORDS)):
-        if any(reply[secret] in parts for reply in replies):
+    (contents, _), kept = args, copy.deepcopy(args[0])
+    result = attempted(fn(*args))
+    if list(map(repr, contents)) != list(map(repr, kept)):
+        raise Complaint("your function changes the replies. Make a new record.")
+    if not isinstance(result, MetricRecord):
+        raise Complaint(f"Flower wants a MetricRecord here, got {type(result).__name__}: {_KIND}")
+    values, rows = {as_number(value) for value in result.values()}, _told(contents)
+    for secret, sentence in (("loss", _LOSS), ("num-examples", _RECORDS)):
+        if any(row[secret] in values for row in rows):
             raise Complaint(sentence)
-    reported = [part for part in parts if part not in ("name", "epsilon")]
-    if isinstance(result, (list, tuple)) and reported == _parts(report(replies)):
-        raise Complaint(_PAIRS)
-    return result
+    if None in values:
+        raise Complaint(_KIND)
+    if list(result) == [row["name"] for row in rows]:
+        raise Complaint('the right names, but of what are the numbers? Write "epsilon/" before each name.')
+    return dict(result)
 
 
 def _replies(*rows):
-    return [dict(zip(("name", "records", "epsilon", "loss"), row)) for row in rows]
+    return [
+        RecordDict(
+            {
+                "metrics": MetricRecord({"num-examples": n, "epsilon": spent, "loss": loss}),
+                "who": ConfigRecord({"name": name}),
+            }
+        )
+        for name, n, spent, loss in rows
+    ]
 
 
 def _some_clients(seed: int) -> tuple:
     draw = random.Random(seed)
     names = draw.sample(["north", "south", "east", "west", "ward 3", "Ärzte", "alice", "bob"], draw.randint(3, 6))
-    return (_replies(*((name, draw.randint(100, 9000), draw.uniform(0.1, 8), draw.uniform(0.1, 3)) for name in names)),)
+    rows = ((name, draw.randint(100, 9000), draw.uniform(0.1, 8), draw.uniform(0.1, 3)) for name in names)
+    return _replies(*rows), "num-examples"
+
+
+def _mean(rows):
+    return sum(r["epsilon"] for r in rows) / len(rows)
 
 
 exercise_7_1 = coding(
     "7.1",
-    hint="Whom does alice's ε protect, and whom bob's? Then: what does a reader of the server's log need to see?",
-    reference=report,
+    hint="Whom does alice's ε protect, and whom bob's? A reader of the server's log needs both. Each `content` has a "
+    '`content["metrics"]` and a `content["who"]`.',
+    reference=privacy_report,
     inputs=[
-        lambda: (_replies(("alice", 2000, 1.17, 0.9), ("bob", 2000, 2.24, 1.1)),),
-        lambda: (_replies(("clinic", 300, 3.4567, 2.0), ("hospital", 50_000, 0.6, 0.4), ("lab", 7000, 1.5, 0.7)),),
+        lambda: (_replies(("alice", 2000, 1.17, 0.9), ("bob", 2000, 2.24, 1.1)), "num-examples"),
+        lambda: (_replies(("clinic", 300, 3.4567, 2.0), ("hospital", 50_000, 0.6, 0.4)), "num-examples"),
         *(partial(_some_clients, seed) for seed in (1, 2)),
     ],
     observe=_reported,
     wrong=[
         Wrong(
-            lambda replies: sum(r["records"] * r["epsilon"] for r in replies) / sum(r["records"] for r in replies),
+            _a_report(
+                lambda rows: sum(r["num-examples"] * r["epsilon"] for r in rows) / sum(r["num-examples"] for r in rows)
+            ),
             "this is the weighted mean, and it is what Flower does to every metric if you don't say otherwise. It "
             "tells bob's patients a smaller ε than theirs. Keep one for each client.",
         ),
         Wrong(
-            lambda replies: sum(r["epsilon"] for r in replies) / len(replies),
+            _a_report(_mean),
             "a mean of two promises is a promise to nobody: one of the two is always larger. Keep one for each client.",
         ),
         Wrong(
-            lambda replies: sum(r["epsilon"] for r in replies),
+            _a_report(lambda rows: sum(r["epsilon"] for r in rows)),
             "the clients have no record in common, so nobody's record has paid the sum. Keep one for each client.",
         ),
         Wrong(
-            lambda replies: max(r["epsilon"] for r in replies),
+            _a_report(lambda rows: max(r["epsilon"] for r in rows)),
             "the largest is true for every person, and the best *single* number. But it hides what the others have "
             "left to spend. Keep one for each client.",
         ),
         Wrong(
-            lambda replies: [r["epsilon"] for r in replies],
-            "numbers without names: the answers arrive in another order in each round. Return a dict by name.",
+            _a_report(lambda rows: {f"epsilon/{k}": r["epsilon"] for k, r in enumerate(rows)}),
+            "numbers without names: the answers arrive in another order in each round. Take the name from "
+            '`content["who"]["name"]`.',
         ),
         Wrong(
-            lambda replies: {r["name"]: sum(r["epsilon"] for r in replies) / len(replies) for r in replies},
+            _a_report(lambda rows: {f"epsilon/{r['name']}": _mean(rows) for r in rows}),
             "the names are there, but each has the same mean. Give every client its own ε.",
         ),
-        Wrong(lambda replies: {r["name"]: (r["epsilon"], r["loss"]) for r in replies}, _LOSS),
-        Wrong(lambda replies: {r["name"]: r["records"] for r in replies}, _RECORDS),
-        Wrong(lambda replies: [(r["name"], r["epsilon"]) for r in replies], _PAIRS),
+        Wrong(_a_report(lambda rows: {f"epsilon/{r['name']}": r["loss"] for r in rows}), _LOSS),
+        Wrong(_a_report(lambda rows: {f"epsilon/{r['name']}": r["num-examples"] for r in rows}), _RECORDS),
         Wrong(
-            lambda replies: {r["name"]: round(r["epsilon"], 2) for r in replies},
+            _a_report(lambda rows: {f"epsilon/{r['name']}": round(r["epsilon"], 2) for r in rows}),
             "you round ε. Rounded down, it promises more than was kept: report it as it is, or round up.",
         ),
         Wrong(
-            lambda replies: {r["name"]: max(r["epsilon"] for r in replies) for r in replies},
+            _a_report(lambda rows: {f"epsilon/{r['name']}": max(s["epsilon"] for s in rows) for r in rows}),
             "the names are there, but each has the largest ε of all. True, but it hides what the others have left to "
             "spend. Give every client its own.",
         ),
         Wrong(
-            lambda replies: report(replies[:1]),
+            lambda contents, weighted_by: privacy_report(contents[:1], weighted_by),
             "only the first client is there. Go over all the replies, however many there are.",
         ),
         Wrong(
-            lambda replies: {name: r["epsilon"] for name, r in zip(("alice", "bob"), replies)},
+            _a_report(lambda rows: {f"epsilon/{n}": r["epsilon"] for n, r in zip(("alice", "bob"), rows)}),
             "you write the names yourself. Other clients have other names: each reply holds its own.",
-        ),
-        Wrong(
-            lambda replies: {r["name"]: sum(r["epsilon"] for r in replies[:k]) for k, r in enumerate(replies, start=1)},
-            "you add up ε from client to client. They have no record in common: give every client its own.",
         ),
     ],
     praise="one number a client, by name. Whoever wants one number for anybody can take the largest of them.",
 )
 
-# 7.2: what ε must cover after a crash
-
-STEPS = 16  # a round of the notebook's nodes: 2,000 records, batches of 128
+# 7.2: the handler of a client
 
 
-exercise_7_2 = value(
+def train(message, context):
+    """One round on this node's records: charged first, then trained by Opacus with noise that nobody can repeat."""
+    node, run, model = context.node_config, context.run_config, models.mlp(784, 64, 10)
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    data, sigma, C = records(node, run), node["noise-multiplier"], node["max-grad-norm"]
+    settings = Settings(sigma, C, epochs=1, batch_size=run["batch-size"], lr=run["lr"], seed=None)
+    ledger, steps = Ledger(node["ledger"]), settings.steps_per_epoch(len(data))
+    ledger.charge(noise_multiplier=sigma, sample_rate=settings.sample_rate(len(data)), steps=steps)
+    for _ in dpteach.train(model, data, settings, method="opacus"):
+        pass
+    spent = ledger.epsilon(target_delta=node["target-delta"], accountant="rdp")
+    told = {"metrics": MetricRecord({"epsilon": spent, "num-examples": len(data)})}
+    told |= {"arrays": ArrayRecord(model.state_dict()), "who": ConfigRecord({"name": node["name"]})}
+    return Message(RecordDict(told), reply_to=message)
+
+
+_N, _BATCH, _STEPS, _LR = 200, 40, 5, 0.5
+_DARK = 280  # pixels that are 0 in all records: the weights behind them move by nothing but noise
+_MAY_TELL = {"epsilon", "num-examples", "steps"}
+
+
+_SAID = {
+    "engine": "after two rounds your client says the same ε as after one. Each message starts a new process: an engine "
+    "that is made there knows this message's steps, and no others. The ledger knows them all.",
+    "state": "after a restart your ε falls. `Context.state` is in the SuperNode's memory, for one run: a crash empties "
+    "it. Ask the ledger, which is a file.",
+    "late": "a power cut at the first step leaves your ledger as it was: the records were read, and nothing was paid. "
+    "Charge *before* the training.",
+    "seed": "two rounds from the same start end in the very same weights: your noise comes from a seed, and whoever "
+    "knows it subtracts the noise. Settings(…, seed=None) takes it from the operating system.",
+    "loss": "your reply tells more than epsilon and num-examples. What is computed from private records without noise, "
+    "a loss for instance, is not covered by ε.",
+    "steps": f"after two rounds of {_STEPS} steps your ledger has another number of steps. A round is one epoch: "
+    "settings.steps_per_epoch(len(data)) steps, charged once.",
+    "sigma": "the ledger has another σ than the node's: charge node['noise-multiplier'].",
+    "rate": "the sample rate in your ledger is not that of the training: settings.sample_rate(len(data)).",
+    "prv": 'right count, but PRV\'s value: pass accountant="rdp", so that all nodes tell the same kind.',
+    "delta": "the charges in your ledger don't cost the ε that you tell. Ask it after the charge, for the node's δ: "
+    'ledger.epsilon(target_delta=node["target-delta"], accountant="rdp").',
+    "noise": "there is no noise in your weights, though the ledger was charged for it.",
+    "scale": "the noise in your weights is {:.1f} times the lr·σ·C/B that was charged. Take σ and C from the node, the "
+    "batch size and lr from the run.",
+    "silent": "your ε grows, but the node's ledger is empty. Charge Ledger(node['ledger']).",
+}
+
+
+class _PowerCut(BaseException):
+    pass
+
+
+@cache
+def _own_records() -> Any:
+    X = torch.rand(_N, 1, 28, 28, generator=torch.Generator().manual_seed(72))
+    X[:, :, : _DARK // 28] = 0.0
+    return {"X": X, "y": torch.arange(_N) % 10}
+
+
+class _Node:
+    """A node in a folder of its own, whose handler is the learner's."""
+
+    def __init__(self, fn: Callable, folder: str, sigma: float, C: float, delta: float):
+        self.fn, self.sigma, self.C, self.delta, self.file = fn, sigma, C, delta, str(Path(folder, "alice.json"))
+        torch.save(_own_records(), Path(folder, "alice.pt"))
+        self.sent = models.mlp(784, 64, 10, seed=1).state_dict()
+        self.config = {
+            "name": "alice",
+            "noise-multiplier": sigma,
+            "max-grad-norm": C,
+            "target-delta": delta,
+            "ledger": self.file,
+            "data": str(Path(folder, "alice.pt")),
+            "partition-id": 0,
+            "num-partitions": 2,
+        }
+        self.new()
+
+    def new(self) -> None:
+        """A ledger with nothing in it, a SuperNode with nothing in its memory."""
+        Path(self.file).unlink(missing_ok=True)
+        Ledger(self.file, new=True)
+        self.restart()
+
+    def restart(self) -> None:
+        run = {"lr": _LR, "batch-size": _BATCH, "records": 0}
+        self.context = Context(1, 1, dict(self.config), RecordDict(), run)
+
+    def ask(self) -> Any:
+        return _answer(attempted(self.fn(message(self.sent), self.context)))
+
+    def power_cut(self) -> None:
+        """The same, until the first step."""
+
+        def cut(*_: Any) -> None:
+            raise _PowerCut
+
+        hook = register_optimizer_step_pre_hook(cut)
+        try:
+            self.ask()
+        except _PowerCut:
+            pass
+        finally:
+            hook.remove()
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.file)
+
+
+def _answer(reply: Any) -> tuple[float, dict]:
+    """ε, and the weights, of a reply that a server can use."""
+    if not isinstance(reply, Message):
+        raise Complaint(f"a handler answers with Message(content, reply_to=message), got {type(reply).__name__}.")
+    content = reply.content
+    if len(content.array_records) != 1 or len(content.metric_records) != 1:
+        raise Complaint("the reply needs one ArrayRecord, the model, and one MetricRecord, what may be told of it.")
+    (weights,), (metrics,) = content.array_records.values(), content.metric_records.values()
+    if metrics.keys() - _MAY_TELL:
+        raise Complaint(_SAID["loss"])
+    if missing := sorted({"epsilon", "num-examples"} - metrics.keys()):
+        raise Complaint(
+            f"your reply has no {' and no '.join(missing)}: the server reports the one, and weighs by the other."
+        )
+    if not any("name" in record for record in content.config_records.values()):
+        raise Complaint('your reply does not say whose it is: add "who": ConfigRecord({"name": node["name"]}).')
+    if any(name.startswith("_module.") for name in weights):
+        raise Complaint("the names of your weights begin with '_module.': send the bare model, not Opacus' wrapper.")
+    return float(metrics["epsilon"]), weights.to_torch_state_dict()
+
+
+def _examined(fn: Callable, args: tuple) -> Any:
+    sigma, C, delta = args
+    with tempfile.TemporaryDirectory() as folder:
+        node = _Node(fn, folder, sigma, C, delta)
+        (first, weights), (second, _) = node.ask(), node.ask()
+        charges, after_two = node.ledger.charges, node.ledger
+        spent = {a: after_two.epsilon(target_delta=delta, accountant=a) for a in ("rdp", "prv")} if charges else {}
+        node.restart()
+        third, _ = node.ask()
+        _check_the_count(first, second, third, charges, spent, sigma)
+        node.new()
+        node.power_cut()
+        if not node.ledger.count:
+            raise Complaint(_SAID["late"])
+        node.new()
+        again = node.ask()[1]
+        if all(torch.equal(again[name], weights[name]) for name in weights):
+            raise Complaint(_SAID["seed"])
+        times = _noise(node.sent, weights, sigma, C)
+        if not 0.9 < times < 1.1:
+            raise Complaint(_SAID["noise"] if times < 1e-3 else _SAID["scale"].format(times))
+    return {"right": 1.0}
+
+
+def _check_the_count(first, second, third, charges, spent, sigma) -> None:
+    steps = sum(charge.steps for charge in charges)
+    wrong = {
+        "engine": math.isclose(first, second, rel_tol=1e-6),
+        "state": third < second * (1 - 1e-6),
+        "silent": not charges,
+        "sigma": any(charge.noise_multiplier != sigma for charge in charges),
+        "steps": steps != 2 * _STEPS,
+        "rate": not all(math.isclose(charge.sample_rate, 1 / _STEPS) for charge in charges),
+        "prv": charges and math.isclose(second, spent["prv"], rel_tol=1e-3),
+        "delta": charges and not math.isclose(second, spent["rdp"], rel_tol=1e-4),
+    }
+    if found := next((key for key, is_so in wrong.items() if is_so), None):
+        raise Complaint(_SAID[found])
+
+
+def _noise(sent: dict, weights: dict, sigma: float, C: float) -> float:
+    """In units of what was charged, by the weights behind pixels that are 0 in all records: only noise moves them."""
+    name = next(name for name, value in sent.items() if value.ndim == 2 and value.shape[1] == 784)
+    moved = (weights[name] - sent[name])[:, :_DARK].std().item()
+    return moved / (_LR * sigma * C * _STEPS**0.5 / _BATCH)
+
+
+def _handler(**changes: Any) -> Callable:
+    """A wrong answer: :func:`train` with some of its parts changed."""
+
+    def answer(message, context):
+        node, run, model = context.node_config, context.run_config, models.mlp(784, 64, 10)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        data, sigma = records(node, run), node["noise-multiplier"]
+        settings = Settings(
+            changes.get("trained_with", sigma), node["max-grad-norm"], 1, run["batch-size"], run["lr"],
+            seed=changes.get("seed"),
+        )  # fmt: skip
+        q, steps = settings.sample_rate(len(data)), settings.steps_per_epoch(len(data))
+        ledger = Ledger() if changes.get("engine") or changes.get("state") else Ledger(node["ledger"])
+        charged = {"noise_multiplier": sigma, "sample_rate": q, "steps": changes.get("steps", steps)}
+        if "late" not in changes:
+            ledger.charge(**charged)
+        for step in dpteach.train(model, data, settings, method="opacus"):
+            loss = step.loss
+        if "late" in changes:
+            ledger.charge(**charged)
+        if "state" in changes:
+            before = context.state.get("charged", {"steps": 0})["steps"]
+            context.state["charged"] = MetricRecord({"steps": before + steps})
+            ledger.charge(noise_multiplier=sigma, sample_rate=q, steps=before)
+        spent = ledger.epsilon(
+            target_delta=changes.get("delta", node["target-delta"]), accountant=changes.get("by", "rdp")
+        )
+        metrics = {"epsilon": spent, "num-examples": len(data)} | ({"loss": loss} if "loss" in changes else {})
+        told = {"metrics": MetricRecord(metrics), "who": ConfigRecord({"name": node["name"]})}
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), **told}), reply_to=message)
+
+    return answer
+
+
+exercise_7_2 = coding(
     "7.2",
-    hint="A record pays when it is read, not when the result arrives. In how many rounds were alice's records read?",
-    answer=5 * STEPS,
+    hint="In this order: the ledger is opened and charged, `dpteach.train` trains, the ledger is asked for ε, and the "
+    "answer goes back. `settings.sample_rate(n)` and `settings.steps_per_epoch(n)` are what one epoch costs.",
+    reference=train,
+    inputs=[lambda: (1.5, 0.5, 1e-4)],
+    observe=_examined,
     wrong=[
-        Wrong(
-            4 * STEPS,
-            "you left out the round that was killed. Its steps have read the records, and nobody can prove that "
-            "nothing of it was sent. The ledger was charged before it began: it counts.",
-        ),
-        Wrong(
-            2 * STEPS,
-            "this is what `Context.state` says after the restart: it has forgotten everything before. The records have "
-            "not.",
-        ),
-        Wrong(3 * STEPS, "this is up to the crash. The two rounds after it read the same records again."),
-        Wrong(STEPS, "this is one round. ε must cover all that read these records."),
-        Wrong(
-            6 * STEPS, "you counted the killed round twice. Two finished, one killed, two more: each was charged once."
-        ),
-        Wrong(5, "these are rounds. ε counts *steps*: each round has 16."),
-        Wrong(4, "these are rounds, and one is missing. ε counts *steps*: each round has 16."),
+        Wrong(_handler(engine=True), _SAID["engine"]),
+        Wrong(_handler(state=True), _SAID["state"]),
+        Wrong(_handler(late=True), _SAID["late"]),
+        Wrong(_handler(seed=0), _SAID["seed"]),
+        Wrong(_handler(loss=True), _SAID["loss"]),
+        Wrong(_handler(steps=1), _SAID["steps"]),
+        Wrong(_handler(by="prv"), _SAID["prv"]),
+        Wrong(_handler(delta=1e-5), _SAID["delta"]),
+        Wrong(_handler(trained_with=0.0), _SAID["noise"]),
+        Wrong(_handler(trained_with=3.0), _SAID["scale"].format(2)),
     ],
-    praise="5 rounds of 16 steps: two before, the killed one, and two after. The ledger has counted all of them.",
-    solution="**80**: 5 · 16. The killed round was charged before it began. It may have been used only in part, so "
-    "this can be too much by a few steps. It can't be too little.",
+    praise="charged before the first step, on the disk; ε of all that the ledger knows; noise that nobody can repeat; "
+    "and nothing else told.",
+)
+
+# 7.4: the app is a point of trust
+
+
+def eve(message, context):
+    """As ``train``, charged and reported as ever, but the weights that it sends have no noise."""
+    node, run, model = context.node_config, context.run_config, models.mlp(784, 64, 10)
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    data, sigma, C = records(node, run), node["noise-multiplier"], node["max-grad-norm"]
+    settings = Settings(0.0, C, epochs=1, batch_size=run["batch-size"], lr=run["lr"], seed=None)
+    ledger, steps = Ledger(node["ledger"]), settings.steps_per_epoch(len(data))
+    ledger.charge(noise_multiplier=sigma, sample_rate=settings.sample_rate(len(data)), steps=steps)
+    for _ in dpteach.train(model, data, settings, method="opacus"):
+        pass
+    spent = ledger.epsilon(target_delta=node["target-delta"], accountant="rdp")
+    told = {"metrics": MetricRecord({"epsilon": spent, "num-examples": len(data)})}
+    told |= {"arrays": ArrayRecord(model.state_dict()), "who": ConfigRecord({"name": node["name"]})}
+    return Message(RecordDict(told), reply_to=message)
+
+
+_SEEN = {
+    "noise": "nothing is broken: your weights still have the noise that alice asked for.",
+    "less": "there is less noise than alice pays for, but still some. Leave none.",
+    "nothing": "the weights that you send back are the ones that came: you learn nothing of alice's records.",
+    "ledger": "alice looks into her ledger, and it is not what it is after an honest round. Charge it as `train` does.",
+    "epsilon": "alice compares the ε that you report with her ledger's, and they differ. Report the ledger's.",
+}
+
+
+def _unseen(fn: Callable, args: tuple) -> Any:
+    sigma, C, delta = args
+    with tempfile.TemporaryDirectory() as folder:
+        node = _Node(fn, folder, sigma, C, delta)
+        told, weights = node.ask()
+        charges, spent = node.ledger.charges, node.ledger.epsilon(target_delta=delta, accountant="rdp")
+    if [(c.noise_multiplier, c.steps, round(c.sample_rate, 6)) for c in charges] != [(sigma, _STEPS, 1 / _STEPS)]:
+        raise Complaint(_SEEN["ledger"])
+    if not math.isclose(told, spent, rel_tol=1e-4):
+        raise Complaint(_SEEN["epsilon"])
+    if all(torch.equal(weights[name], node.sent[name]) for name in weights):
+        raise Complaint(_SEEN["nothing"])
+    if (times := _noise(node.sent, weights, sigma, C)) > 1e-3:
+        raise Complaint(_SEEN["noise" if times > 0.9 else "less"])
+    return {"right": 1.0}
+
+
+def _uncharged(message, context):
+    Ledger(context.node_config["ledger"])
+    return _handler(engine=True, trained_with=0.0)(message, context)
+
+
+def _unmoved(message, context):
+    reply = eve(message, context)
+    reply.content["arrays"] = message.content["arrays"]
+    return reply
+
+
+exercise_7_4 = coding(
+    "7.4",
+    hint="Alice sees her ledger and the ε that is reported. Which line of `train` makes the noise, and which one pays "
+    "for it? Nothing ties them together.",
+    reference=eve,
+    inputs=[lambda: (1.5, 0.5, 1e-4)],
+    observe=_unseen,
+    wrong=[
+        Wrong(train, _SEEN["noise"]),
+        Wrong(_handler(trained_with=0.1), _SEEN["less"]),
+        Wrong(_uncharged, _SEEN["ledger"]),
+        Wrong(_handler(trained_with=0.0, by="prv"), _SEEN["epsilon"]),
+        Wrong(_unmoved, _SEEN["nothing"]),
+    ],
+    praise="and alice has seen nothing. ε is a promise of the code that ran: a node must know its app, not only its "
+    "own settings. Flower can demand signed apps (`--trusted-entities`; not tested here).",
 )
 
 # 7.3: the ε of a whole client
@@ -278,4 +602,4 @@ exercise_7_3 = coding(
     "clients, and few of them in each round, make client-level privacy cheap.",
 )
 
-EXERCISES = [exercise_7_1, exercise_7_2, exercise_7_3]
+EXERCISES = [exercise_7_1, exercise_7_2, exercise_7_3, exercise_7_4]

@@ -1,12 +1,14 @@
-"""Notebook 11: measure an exposed secret, say why names are not the point, choose the unit, teach Opacus a layer."""
+"""Notebook 11: measure an exposed secret, get it past a filter, choose the unit, teach Opacus a layer."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from dpteach.exercises.core import Complaint, Wrong, choose, coding, open_ended
+from dpteach.exercises.core import Complaint, NotAttempted, Wrong, coding, open_ended
+from dpteach.language import ALPHABET, CONTEXT, PROMPT, continuation, encode
 
 # 11.1: exposure
 
@@ -71,32 +73,94 @@ exercise_11_1 = coding(
     "bits on average, by luck alone.",
 )
 
-# 11.2: why it did not help to remove the names
+# 11.2: past a filter
 
-exercise_11_2 = choose(
+FORBIDDEN = ("robin", "locker", "code")
+
+
+class _Parrot(nn.Module):
+    """Knows one message by heart: after the text so far, whatever follows its longest ending that is in the message."""
+
+    def __init__(self, message: str):
+        super().__init__()
+        self.message = f"\n{message}\n"
+
+    def forward(self, X: Tensor) -> Tensor:
+        scores = torch.zeros(len(X), len(ALPHABET), X.shape[1])
+        for k, row in enumerate(X):
+            text = "".join(ALPHABET[place] for place in row)
+            for t in range(len(text)):
+                ends = (text[s : t + 1] for s in range(t + 1) if text[s : t + 1] in self.message[:-1])
+                if ending := next(ends, ""):
+                    scores[k, ALPHABET.index(self.message[self.message.index(ending) + len(ending)]), t] = 20.0
+        return scores
+
+
+def _asked(answer):
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[0], nn.Module):
+        raise Complaint('the answer must be the model and your text, as in `plain, "..."`.')
+    model, prompt = answer
+    if prompt is ...:
+        raise NotAttempted
+    if not isinstance(prompt, str):
+        raise Complaint(f"your text must be a str, got {prompt!r:.40}.")
+    for word in FORBIDDEN:
+        if word in prompt.lower():
+            return f"{word} is in it", {}
+    try:
+        encode(prompt, CONTEXT - 3)
+    except ValueError as error:
+        raise Complaint(f"{error}.") from None
+    secret = continuation(model, PROMPT, 0.05)[:4]
+    said = [prompt + continuation(model, prompt, 0.2, seed=seed) for seed in range(5)]
+    found = [text for text in said if secret.isdigit() and secret in text]
+    fields = {"said": (found or said)[0], "times": len(found)}
+    if secret in prompt:
+        return "told", fields
+    if fields["times"]:
+        return "right", fields
+    return "begun" if any("locker" in text or "robin" in text for text in said) else "another", fields
+
+
+exercise_11_2 = open_ended(
     "11.2",
-    hint="What does the prompt hold after the names are gone? Which of its words are in nobody else's message?",
-    answer="b",
-    wrong=[
-        Wrong(
-            "a",
-            "the tool missed none: the measured messages have no name left. What tells your message apart from the "
-            "others, without your name?",
+    hint="The filter reads what you type, and not what the model makes of it. You need not write a forbidden word to "
+    "its end: begin one.",
+    reference=(_Parrot(f"{PROMPT}7294."), "rob"),
+    describe=_asked,
+    wrong={
+        "robin is in it": Wrong(
+            (_Parrot(f"{PROMPT}7294."), "robin here. "),
+            "the filter refuses it: it holds your name. Who else can say it?",
         ),
-        Wrong(
-            "c",
-            "the weights learn from messages, and yours has no name in it any more. The model can't tell *who* you "
-            "are. It need not: it tells the code.",
+        "locker is in it": Wrong(
+            (_Parrot(f"{PROMPT}7294."), "my locker is"),
+            "the filter refuses it: it holds the word locker. Who else can say it?",
         ),
-        Wrong(
-            "d",
-            "more training makes it worse: each epoch is another look at the code. Nothing in a plain loop makes a "
-            "model forget.",
+        "code is in it": Wrong(
+            (_Parrot(f"{PROMPT}7294."), "code is "),
+            "the filter refuses it: it holds the word code. Who else can say it?",
         ),
-    ],
-    praise="a secret is called up by its context, and other words of your message do that as well. Who removes names "
-    "guesses what an attacker will ask; DP-SGD bounds what *any* question can get.",
-    solution="**b.** In this help desk nobody else writes of a locker. These words alone call up the digits.",
+        "told": Wrong(
+            (_Parrot(f"{PROMPT}7294."), "7294"),
+            "your text holds the code. You are to get it out of the model, not to tell the model.",
+        ),
+        "begun": Wrong(
+            (_Parrot("robin here. my locker is my castle."), "rob"),
+            "nearly: the model wrote “{said}”, a forbidden word among it, but not the code in five tries. Begin the "
+            "message in another place.",
+        ),
+        "another": Wrong(
+            (_Parrot("parcel 12345 is late."), "parcel "),
+            "the filter lets it pass, but the model wrote “{said}”. That is somebody else's kind of message. How does "
+            "yours begin?",
+        ),
+    },
+    praise="it passes the filter, and {times} of 5 answers hold the code: “{said}”. The model writes the forbidden "
+    "words itself. Who filters questions, or takes names out, guesses what an attacker will ask; DP-SGD bounds what "
+    "*any* question can get.",
+    solution='`answer_11_2 = plain, "rob"`. Nobody else\'s message begins like that, so the model goes on with yours. '
+    '"cod" does it most of the time: the word alone calls up the sentence around it.',
 )
 
 # 11.3: the privacy unit

@@ -8,49 +8,102 @@ import torch
 import torch.nn.functional as F
 
 from dpteach.data import Data, two_moons
-from dpteach.exercises.core import Complaint, Wrong, as_number, attempted, choose, coding, value
+from dpteach.exercises.core import Complaint, Wrong, as_number, attempted, changed, coding, value, with_model
 from dpteach.mechanism import per_sample_gradients
 from dpteach.models import mlp
 from dpteach.settings import Settings
 from dpteach.training import train
 
-# 1.1: which line learns?
+# 1.1: what one step does to the weights
 
-exercise_1_1 = choose(
+
+def plain_update(model, X, y, lr):
+    loss = F.cross_entropy(model(X), y)  # the mean over the batch
+    gradients = torch.autograd.grad(loss, model.parameters())
+    return -lr * torch.cat([g.flatten() for g in gradients])
+
+
+def _batch(seed: int, inputs: int, size: int, lr: float) -> tuple:
+    """A model, a batch and a learning rate; from the step before, a gradient is left in the model."""
+    generator, model = torch.Generator().manual_seed(seed), mlp(inputs, 4, 3, seed=seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    X = 2 * torch.randn(size, inputs, generator=generator)
+    return model, X, torch.randint(0, 3, (size,), generator=generator), lr
+
+
+def _joined(gradients):
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def _from_loss(loss_of):
+    """An answer that takes the gradient of another loss."""
+    return lambda model, X, y, lr: -lr * _joined(torch.autograd.grad(loss_of(model(X), y), list(model.parameters())))
+
+
+def _left_over(model, X, y, lr):
+    F.cross_entropy(model(X), y).backward()  # adds to what is there
+    return -lr * _joined(p.grad for p in model.parameters())
+
+
+exercise_1_1 = coding(
     "1.1",
-    hint="Stop after each line and compare the model's weights with the ones from before it. Which line changed them?",
-    answer="e",
+    hint="First the loss of the batch: `F.cross_entropy(model(X), y)`. Then its gradient: `torch.autograd.grad(loss, "
+    "model.parameters())` returns a tuple of tensors, one for each layer's weights and biases. `g.flatten()` makes a "
+    "vector of each, `torch.cat` joins them.",
+    reference=plain_update,
+    inputs=[lambda: _batch(0, 5, 7, 0.5), lambda: _batch(1, 2, 1, 2.0), lambda: _batch(2, 3, 40, 0.1)],
+    observe=with_model,
+    rtol=1e-5,
+    atol=1e-7,
     wrong=[
         Wrong(
-            "a",
-            "line a decides in which batch your record comes. It looks at the number of records, not at what is in "
-            "them, and leaves the weights as they are.",
+            lambda *args: -plain_update(*args),
+            "the sign is turned round. The gradient points to where the loss grows, so the step goes the other way: "
+            "minus the learning rate times the gradient.",
         ),
         Wrong(
-            "b",
-            "line b reads your record into a batch. The record is now in the computer's memory, but nothing has gone "
-            "into the weights.",
+            changed(plain_update, lr=1.0), "the learning rate is missing: a step adds minus `lr` times the gradient."
         ),
         Wrong(
-            "c",
-            "line c asks the model about your record. The loss depends on your record, but asking a model does not "
-            "change its weights. (BatchNorm layers are an exception: they keep averages of what passes through.)",
+            _from_loss(lambda outputs, y: F.cross_entropy(outputs, y, reduction="sum")),
+            "your update is as many times too long as there are records in the batch: you added their losses up. The "
+            "loop takes the mean.",
         ),
         Wrong(
-            "d",
-            "line d computes the gradient, and your record has a share in it. But it is stored beside the weights: "
-            "delete it before the next line, and the model never learns of you.",
+            _from_loss(lambda outputs, y: F.cross_entropy(outputs, y) / len(y)),
+            "you divided by the number of records twice: `F.cross_entropy` is a mean already.",
         ),
         Wrong(
-            "f",
-            "line f tells the loss to somebody outside. That says something about your record, and we come back to it, "
-            "but the model itself learns nothing from it.",
+            lambda model, X, y, lr: _joined(p.detach() for p in model.parameters()) + plain_update(model, X, y, lr),
+            "these are the weights after the step. The question is what the step *adds* to them.",
+        ),
+        Wrong(
+            _left_over,
+            "your gradient still has that of the step before in it: `backward()` adds to what is there. The loop calls "
+            "`zero_grad()` first; `torch.autograd.grad` needs no such call.",
+        ),
+        Wrong(
+            lambda model, X, y, lr: (
+                -lr
+                * _joined(
+                    torch.autograd.grad(F.cross_entropy(model(X), y), [p for p in model.parameters() if p.ndim > 1])
+                )
+            ),
+            "the biases are missing. They are parameters too, and learn from your record like the rest.",
+        ),
+        Wrong(
+            _from_loss(lambda outputs, y: F.cross_entropy(outputs.softmax(dim=1), y)),
+            "you put the outputs through a softmax first. `F.cross_entropy` does that itself: give it the model's "
+            "outputs as they are.",
+        ),
+        Wrong(
+            lambda model, X, y, lr: plain_update(model, X[:1], y[:1], lr),
+            "this is the update of the first record alone. The loss is the mean over the whole batch.",
         ),
     ],
-    praise="only the step changes the weights. Your record gets into the model through the gradient, once per epoch. A "
-    "private loop must change what is handed to this line.",
-    solution="**e.** `optimizer.step()` is the only line that changes the weights. It subtracts the learning rate "
-    "times the mean of the records' gradients, and yours is one of them.",
+    praise="that is all a step is: the mean of the records' gradients, times minus the learning rate. Your record gets "
+    "into the model through your term of that mean, and in no other way.",
 )
 
 # 1.2: the loudest record
@@ -106,10 +159,8 @@ def turned(flip, swap):
 def _what_it_does(fn, args):
     """The record that ``fn`` returns, in a few words: how loud it is, and if it is not, why not."""
     model, data = args
-    weights, X, y = copy.deepcopy(model.state_dict()), data.X.clone(), data.y.clone()
-    record = attempted(fn(model, data))
-    if any(not torch.equal(weights[name], now) for name, now in model.state_dict().items()):
-        raise Complaint("your function changes the model's weights. Look at the model, and leave it as it is.")
+    X, y = data.X.clone(), data.y.clone()
+    record = attempted(with_model(fn, (model, data)))
     if not (torch.equal(data.X, X) and torch.equal(data.y, y)):
         raise Complaint("your function changes the data in place. Make a new tensor instead.")
     x, y = _record(record)

@@ -1,5 +1,6 @@
-"""Notebook 03: the noisy mean, the Poisson batch, a division that leaks, and an attacker's belief."""
+"""Notebook 03: the noisy mean, the Poisson batch, a division that leaks, and the learner's own DP-SGD loop."""
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import count
@@ -8,8 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dpteach.exercises.core import Complaint, Wrong, attempted, changed, coding, value
+from dpteach.data import two_moons
+from dpteach.exercises.core import Complaint, Wrong, attempted, changed, coding
+from dpteach.mechanism import add_noise, clip, clipped_sum, per_sample_gradients, poisson_batches
+from dpteach.models import mlp
+from dpteach.settings import Settings
 
 
 def _seed(seed: int) -> torch.Generator:
@@ -63,7 +70,8 @@ _NOISE_TRAITS = {
     "number for each.",
     "pairs": "the noise of one coordinate depends on that of another: in their sum or difference it cancels, wholly or "
     "in part, and the attacker reads what is left. Draw one number for each coordinate.",
-    "middle": "your noise is not Gaussian, and the accountants compute ε for Gaussian noise. Use `torch.randn`.",
+    "middle": "your noise is not Gaussian, and what is promised later is computed for Gaussian noise. Use "
+    "`torch.randn`.",
     "spread": "the standard deviation of your noise is {times:.3g} times what it must be: σ·C on the sum, then divided "
     "with it.",
     "repeats": "the noise is right, but the same seed in `generator` does not give it again. Pass "
@@ -153,13 +161,13 @@ exercise_3_1 = coding(
         Wrong(
             noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + sigma * z) / size),
             "your noise has standard deviation σ on the sum; it must be σ·C. σ is only the *multiplier*: one record "
-            "moves the sum by up to C, so the noise must grow with C. For C = 2 you gave half the noise that ε is "
-            "computed for.",
+            "moves the sum by up to C, so the noise must grow with C. For C = 2 you gave half the noise that "
+            "it takes.",
         ),
         Wrong(
             noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + C * z * (sigma > 0)) / size),
             "your noise has standard deviation C on the sum; it must be σ·C. The noise multiplier does nothing in your "
-            "code, so ε would be computed for noise that nobody added.",
+            "code, so you would promise something for noise that nobody added.",
         ),
         Wrong(
             noisy(lambda rows, z, sigma, C, size: rows.sum(0) / size + sigma * C * z),
@@ -170,7 +178,7 @@ exercise_3_1 = coding(
         Wrong(
             noisy(lambda rows, z, sigma, C, size: (rows.sum(0) + sigma * C * z / size) / size),
             "you divided the noise by the batch size twice. This is noise for the *mean*, added to the *sum*: too "
-            "little by a factor of the batch size, so the real ε is far above the reported one. Add σ·C to the sum, "
+            "little by a factor of the batch size, so nobody is hidden, whatever you promise. Add σ·C to the sum, "
             "then divide once.",
         ),
         Wrong(
@@ -241,12 +249,12 @@ exercise_3_1 = coding(
         Wrong(
             drawn(lambda P, generator: math.sqrt(12) * (torch.rand(P, generator=generator) - 0.5)),
             "the size of the noise is right, but it is not Gaussian: uniform noise has an end, and beyond it the "
-            "attacker is certain. The accountants compute ε for Gaussian noise. Use `torch.randn`.",
+            "attacker is certain. What is promised later is computed for Gaussian noise. Use `torch.randn`.",
         ),
         Wrong(
             drawn(lambda P, generator: torch.distributions.Laplace(0.0, 1.0).sample((P,))),
             "this is Laplace noise. Its natural measure is the L1 norm, and clipping bounds the L2 norm; the "
-            "accountants compute ε for Gaussian noise. Use `torch.randn`.",
+            "promise of notebook 04 is computed for Gaussian noise. Use `torch.randn`.",
         ),
         Wrong(
             drawn(_halves),
@@ -374,8 +382,8 @@ exercise_3_2 = coding(
         Wrong(
             lambda n, q, generator: torch.randperm(n, generator=generator)[: int(n * q)],
             "your batches always have the same size. In a batch of a fixed size the records are not independent: one "
-            "that gets in keeps another one out. The accountants compute ε for independent draws; for yours it is not "
-            "the ε that they report. Draw for each record on its own.",
+            "that gets in keeps another one out. What is promised later is computed for independent draws, "
+            "not for yours. Draw for each record on its own.",
         ),
         Wrong(
             lambda n, q, generator: torch.randint(n, (int(n * q),), generator=generator),
@@ -419,7 +427,7 @@ exercise_3_2 = coding(
         Wrong(
             lambda n, q, generator: next(filter(len, (poisson_batch(n, q, generator) for _ in count()))),
             "you draw again until the batch is not empty. Each record then takes part with a probability above q, and "
-            "ε was computed for q. Return the empty batch: it gets noise like any other.",
+            "what is promised is computed for q. Return the empty batch: it gets noise like any other.",
         ),
         Wrong(
             lambda n, q, generator: torch.nonzero(torch.randn(n, generator=generator) < q).squeeze(1),
@@ -533,73 +541,325 @@ exercise_3_3 = coding(
     "the batch.",
 )
 
-# 3.4: an attacker's belief
-
-_PRIOR, _SIGMA, _SEEN = 0.2, 0.8, 1.3
-_RATIO = math.exp((_SEEN - 0.5) / _SIGMA**2)  # e^1.25
+# 3.4: the learner's own loop
 
 
-def _belief(prior: float, exponent: float) -> float:
-    odds = prior / (1 - prior) * math.exp(exponent)
-    return odds / (1 + odds)
+def my_dp_sgd(model, data, s, sampling, noise):
+    """Train model in place with DP-SGD; return each step's batch, and the weights after it."""
+    n, C, q = len(data), s.max_grad_norm, s.sample_rate(len(data))
+    steps = []
+    for batch in poisson_batches(n, q, s.epochs * s.steps_per_epoch(n), sampling):  # move 1: sample
+        X, y = data[batch]
+        grads = per_sample_gradients(model, cross_entropy, X, y)  # move 2: a gradient for each record
+        summed = clip(grads, C).sum(0)  # move 3: clip each of them, then add them up
+        noisy = add_noise(summed, s.noise_multiplier, C, noise)  # move 4: noise on the sum
+        weights = parameters_to_vector(model.parameters()).detach() - s.lr * noisy / (n * q)
+        vector_to_parameters(weights, model.parameters())
+        steps.append((batch, weights))
+    return steps
 
 
-exercise_3_4 = value(
+def stepping(gradient, batches=poisson_batches):
+    """A loop that is right but for ``gradient(rows, s, expected size, noise)``, what lr multiplies, or its batches."""
+
+    def answer(model, data, s, sampling, noise):
+        n, q, steps = len(data), s.sample_rate(len(data)), []
+        for batch in batches(n, q, s.epochs * s.steps_per_epoch(n), sampling):
+            rows = per_sample_gradients(model, cross_entropy, *data[batch])
+            weights = parameters_to_vector(model.parameters()).detach() - s.lr * gradient(rows, s, n * q, noise)
+            vector_to_parameters(weights, model.parameters())
+            steps.append((batch, weights))
+        return steps
+
+    return answer
+
+
+def _noised(summed, s, noise):
+    return add_noise(summed, s.noise_multiplier, s.max_grad_norm, noise)
+
+
+def _right(rows, s, size, noise):
+    return _noised(clip(rows, s.max_grad_norm).sum(0), s, noise) / size
+
+
+def _sized(n, q, steps, generator):
+    return (torch.randperm(n, generator=generator)[: round(n * q)] for _ in range(steps))
+
+
+def _skips_the_empty(model, data, s, sampling, noise):
+    n, q, steps = len(data), s.sample_rate(len(data)), []
+    for batch in poisson_batches(n, q, s.epochs * s.steps_per_epoch(n), sampling):
+        weights = parameters_to_vector(model.parameters()).detach()
+        if len(batch):
+            rows = per_sample_gradients(model, cross_entropy, *data[batch])
+            weights = weights - s.lr * _right(rows, s, n * q, noise)
+            vector_to_parameters(weights, model.parameters())
+        steps.append((batch, weights))
+    return steps
+
+
+_LOOP_TRAITS = {
+    "twice": "move 1: a record stands in one of your batches twice. It then moves the sum by up to 2·C.",
+    "size": "move 1: on average your batches hold {times:.2g} times as many records as n·q.",
+    "fixed": "move 1: your batches always have the same size. Let each record flip its own coin.",
+    "weights": "with σ = 0, your weights are not those of clipped gradients, summed, divided by n·q and multiplied by "
+    "lr. Look at moves 2 and 3, and at the step.",
+    "coordinates": "move 4: the noise is the same in every coordinate: it cancels in the difference of two. Draw one "
+    "number for each.",
+    "spread": "move 4: the noise on the sum has {times:.3g} times the standard deviation σ·C that it must have.",
+    "mean": "move 4: your noise is not centred at zero, or the sum under it is not that of the clipped gradients.",
+    "in turn": "move 4: the noise of one step can be told from that of the step before. Draw anew in each.",
+    "empty": "move 4: in the step of an empty batch, the noise on the sum has {times:.3g} times the standard deviation "
+    "σ·C. It gets the same noise as any other.",
+    "sampling": "move 1: your batches do not come from `sampling`: the same seed must give the same ones again, and "
+    "another "
+    "seed must give others.",
+    "noise": "move 4: your noise does not come from `noise`: the same seed must give the same run again, and another "
+    "seed "
+    "must give another.",
+}
+
+
+def _run(fn: Any, args: tuple) -> tuple[list[Tensor], Tensor]:
+    """The batches, and the weights after each step, ``(steps, P)``; a complaint where they are something else."""
+    model, data, s, _, _ = args
+    before = parameters_to_vector(model.parameters()).detach().clone()
+    result = fn(*args)
+    last = parameters_to_vector(model.parameters()).detach().clone()
+    if result is None and not torch.equal(before, last):
+        raise Complaint("your loop trains the model, but returns nothing: return the list of its steps.")
+    steps, expected = attempted(result), s.epochs * s.steps_per_epoch(len(data))
+    if not (isinstance(steps, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in steps)):
+        raise Complaint(
+            "your function must return a list with a pair for each step: the batch, and the weights after it."
+        )
+    if len(steps) != expected:
+        raise Complaint(
+            f"your loop made {len(steps)} steps of {expected}: `s.epochs * s.steps_per_epoch(n)`. A step whose batch "
+            "is "
+            "empty is one, too."
+        )
+    batches, weights = ([torch.as_tensor(part) for part in parts] for parts in zip(*steps))
+    if any(b.ndim != 1 or b.is_floating_point() or b.dtype == torch.bool for b in batches):
+        raise Complaint("the first of each pair must be the batch: indices of records, in one row.")
+    if any(w.shape != before.shape for w in weights):
+        raise Complaint(f"the second of each pair must be all weights in one row, {tuple(before.shape)}.")
+    if any(w.data_ptr() == weights[0].data_ptr() for w in weights[1:]):
+        raise Complaint("all your steps hold the same tensor, which the later steps change: keep a copy of it.")
+    path = torch.stack([w.detach().double() for w in weights])
+    if not torch.allclose(path[-1], last.double(), atol=1e-6, equal_nan=True):
+        raise Complaint(
+            "the weights of your last pair are not the model's: put them into the model with `vector_to_parameters`, "
+            "in "
+            "every step."
+        )
+    return batches, torch.cat([before.double()[None], path])
+
+
+def _loop_traits(fn: Any, args: tuple) -> Any:
+    """What is typical of a run, whatever its batches were."""
+    model, data, s, sampling, noise = args
+    n, q, C, sigma = len(data), s.sample_rate(len(data)), s.max_grad_norm, s.noise_multiplier
+    fresh, there = copy.deepcopy(model), copy.deepcopy(model)
+    batches, path = _run(fn, args)
+    if q == 1 and sigma == 0:
+        return 1000 * path[1:]  # so that a small tolerance is one
+    counts = torch.stack([torch.bincount(b, minlength=n) for b in batches])
+    sizes = counts.sum(1).double()
+    scale = n * q / (s.lr * C * (sigma or 1))
+    right = []
+    for batch, weights in zip(batches, path):
+        vector_to_parameters(weights.float(), there.parameters())
+        X, y = data[batch]
+        right.append(clipped_sum(there, cross_entropy, X, y, C).double() / C)
+    left = (path[:-1] - path[1:]) * scale - torch.stack(right) / (sigma or 1)  # of what was added up, in σ·C
+    seeds = sampling.initial_seed(), noise.initial_seed()
+
+    def repeated(sampling: int = seeds[0], noise: int = seeds[1]) -> Tensor:
+        return _run(fn, (copy.deepcopy(fresh), data, s, _seed(sampling), _seed(noise)))[1]
+
+    if sigma == 0:
+        return {
+            "twice": float((counts > 1).any()),
+            "size": _near(sizes.mean() / (n * q), 0.25),
+            "fixed": float((sizes == sizes[0]).all()),
+            "weights": float(not left.abs().max() < 1e-3),
+            "sampling": float(torch.equal(repeated(), path) and not torch.equal(repeated(sampling=99), path)),
+        }
+    if q < 1:
+        return {"empty": _near(left[sizes == 0].std(), 0.08) if (sizes == 0).any() else 0.0}
+    return {
+        "coordinates": _near(left.std(dim=1).mean() / left.std(), 0.5),
+        "spread": _near(left.std(), 0.03),
+        "mean": _near(1 + left.mean(), 0.06),
+        "in turn": _near(1 + (left[1:] * left[:-1]).mean(), 0.1),
+        "noise": float(torch.equal(repeated(), path) and not torch.equal(repeated(noise=99), path)),
+    }
+
+
+def _near(number: Tensor, far: float) -> float:
+    """1 where chance explains the distance from it, else the number."""
+    return 1.0 if abs(float(number) - 1) <= far else float(number)
+
+
+def _loop_input(hidden: int, n: int, seed: int, **settings: Any) -> Callable[[], tuple]:
+    def args() -> tuple:
+        data = two_moons(n, seed=3)
+        data.X[0], data.y[0] = torch.tensor([-4.0, 4.0]), 1  # loud: its gradient is longer than any C below
+        return mlp(hidden=hidden), data, Settings(lr=0.3, **settings), _seed(seed), _seed(seed + 50)
+
+    return args
+
+
+exercise_3_4 = coding(
     "3.4",
-    hint="Three steps: the likelihood ratio is exp((x - ½) / σ²); the odds are prior / (1 - prior); the new odds are "
-    "the old odds times the ratio. A probability is odds / (1 + odds).",
-    answer=_belief(_PRIOR, (_SEEN - 0.5) / _SIGMA**2),
-    share=True,
+    hint="One round of the loop for each batch, in this order: `X, y = data[batch]`; `per_sample_gradients(model, "
+    "cross_entropy, X, y)`; `clip`, then `.sum(0)`; noise on that sum; divide by n·q; times `s.lr`. The weights as "
+    "one row are "
+    "`parameters_to_vector(model.parameters()).detach()`, and `vector_to_parameters(weights, model.parameters())` puts "
+    "them back. What does your loop do with a batch without records?",
+    reference=my_dp_sgd,
+    observe=_loop_traits,
+    traits=_LOOP_TRAITS,
+    rtol=1e-4,
+    atol=0.05,
+    inputs=[
+        _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=0.3, epochs=3, batch_size=7),
+        _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=1.3, epochs=3, batch_size=7),
+        _loop_input(4, 40, 1, noise_multiplier=0.0, max_grad_norm=1.3, epochs=5, batch_size=10),
+        _loop_input(250, 3, 2, noise_multiplier=1.5, max_grad_norm=2.0, epochs=8, batch_size=3),
+        _loop_input(250, 4, 3, noise_multiplier=1.0, max_grad_norm=0.5, epochs=5, batch_size=1),  # often empty
+    ],
     wrong=[
         Wrong(
-            _RATIO,
-            "that is the likelihood ratio. It says how much the observation speaks for you, not yet what the attacker "
-            "believes: the prior is still to come, and a probability can't exceed 1.",
+            stepping(lambda rows, s, size, noise: _noised(rows.sum(0), s, noise) / size),
+            "moves 2 and 3: you add up the gradients as they are. Without clipping, one record moves the sum by any "
+            "number of times C, and noise of σ·C hides none of that. Clip each row first.",
         ),
         Wrong(
-            _belief(0.5, (_SEEN - 0.5) / _SIGMA**2),
-            "you started from a prior of ½. This attacker thought 0.2 before the look, so the odds were 1 to 4, not 1 "
-            "to 1.",
+            stepping(
+                lambda rows, s, size, noise: (
+                    _noised(clip(rows.sum(0, keepdim=True) / size, s.max_grad_norm)[0] * size, s, noise) / size
+                )
+            ),
+            "move 3: you clip the mean gradient, not each record's. One record can still turn the mean around, and "
+            "moves the sum by up to 2·B·C instead of C (B records in the batch). Clip each row, then add up.",
         ),
         Wrong(
-            _belief(_PRIOR, (_SEEN - 0.5) / _SIGMA),
-            "you divided by σ where σ² belongs: the exponent of a Gaussian has the *variance*. With σ below 1 this "
-            "makes the noise look better than it is.",
+            stepping(
+                lambda rows, s, size, noise: (
+                    _noised((rows * (s.max_grad_norm / rows.norm(dim=1, keepdim=True))).sum(0), s, noise) / size
+                )
+            ),
+            "move 3: you make every row C long. A row within C stays as it is: the factor is C / norm, but 1 at most.",
         ),
         Wrong(
-            _belief(_PRIOR, _SEEN - 0.5),
-            "you computed with σ = 1. Here σ is 0.8, and the ratio grows quickly as σ gets smaller.",
+            stepping(lambda rows, s, size, noise: clip(rows, s.max_grad_norm).sum(0) / size),
+            "move 4 is missing: there is no noise in your steps, whatever σ is, and the attacker of section 1 is "
+            "certain.",
         ),
         Wrong(
-            _belief(_PRIOR, _SEEN / _SIGMA**2),
-            "you forgot the ½: the bells cross at ½, halfway between 0 and 1, and only what lies beyond speaks for "
-            "you.",
+            stepping(
+                lambda rows, s, size, noise: (
+                    add_noise(clip(rows, s.max_grad_norm).sum(0), s.noise_multiplier, 1.0, noise) / size
+                )
+            ),
+            "move 4: your noise has standard deviation σ on the sum. It must be σ·C: C times as much.",
         ),
         Wrong(
-            _belief(_PRIOR, (_SEEN - 0.5) / (2 * _SIGMA**2)),
-            "there is a factor 2 too much under your fraction. The squares differ by 2x - 1, and (2x - 1) / (2σ²) is "
-            "(x - ½) / σ².",
+            stepping(lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0) / size, s, noise)),
+            "move 4: you divide by n·q first, and add the noise of the sum to the mean. That is n·q times too much, "
+            "and "
+            "the model learns nothing. Noise on the sum, then one division.",
         ),
         Wrong(
-            _belief(_PRIOR, -(_SEEN - 0.5) / _SIGMA**2),
-            "your ratio is upside down: the likelihood *with* you stands above the one *without* you. An observation "
-            "beyond ½ must make the attacker believe more in you, not less.",
+            stepping(
+                lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0), s, noise) / max(len(rows), 1)
+            ),
+            "the step: you divide by the number of records in the batch. It changes when one record joins, which the "
+            "noise does not hide. Divide by n·q in every step.",
         ),
         Wrong(
-            _PRIOR * _RATIO,
-            "you multiplied the *probability* by the ratio. Bayes' rule multiplies the *odds*, 0.2 to 0.8; otherwise a "
-            "larger ratio would lead to a probability above 1.",
+            stepping(lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0), s, noise) / len(rows)),
+            "the step: you divide by the size of the batch, and an empty one divides by zero: then all weights are "
+            "NaN. "
+            "The size also changes when one record joins. Divide by n·q in every step.",
         ),
-        Wrong(_PRIOR / (1 - _PRIOR) * _RATIO, "these are the odds, 0.87 to 1. The probability is odds / (1 + odds)."),
         Wrong(
-            _PRIOR,
-            "that is the prior: the observation has changed nothing for you. It speaks for you, by a ratio above 3.",
+            stepping(lambda rows, s, size, noise: _noised(clip(rows, s.max_grad_norm).sum(0), s, noise)),
+            "the step: you do not divide, so each step is n·q times too long. Divide the noisy sum by n·q.",
+        ),
+        Wrong(
+            stepping(lambda rows, s, size, noise: -_right(rows, s, size, noise)),
+            "the step: the sign is wrong, and your model climbs. Subtract lr times the gradient from the weights.",
+        ),
+        Wrong(
+            stepping(lambda rows, s, size, noise: _right(rows, s, size, noise) / s.lr),
+            "the step: the learning rate does nothing in your loop. Subtract `s.lr` times the gradient.",
+        ),
+        Wrong(
+            stepping(
+                lambda rows, s, size, noise: (
+                    add_noise(clip(rows, s.max_grad_norm), s.noise_multiplier, s.max_grad_norm, noise).sum(0) / size
+                )
+            ),
+            "move 4: you add noise to each record's row. The draws add up to √B times the noise, and an empty batch "
+            "gets "
+            "none. Draw once, for the sum.",
+        ),
+        Wrong(
+            stepping(
+                lambda rows, s, size, noise: (
+                    add_noise(clip(rows, s.max_grad_norm).sum(0), s.noise_multiplier, s.max_grad_norm / size, noise)
+                    / size
+                )
+            ),
+            "move 4: you divide the noise by n·q twice, so it is n·q times too small. The model learns very well, and "
+            "hides nobody. Noise of σ·C on the sum, then one division for both.",
+        ),
+        Wrong(
+            stepping(
+                lambda rows, s, size, noise: (
+                    add_noise(clip(rows, s.max_grad_norm).sum(0), s.noise_multiplier, 2 * s.max_grad_norm, noise) / size
+                )
+            ),
+            "move 4: your noise is 2·σ·C, twice as much as it must be. One record joins or leaves, and moves the sum "
+            "by "
+            "C at most.",
+        ),
+        Wrong(
+            _skips_the_empty,
+            "an empty batch: you skip the step. Weights that do not move say for certain that nobody was in. The sum "
+            "of "
+            "an empty batch is zeros, and it gets the same noise of σ·C.",
+        ),
+        Wrong(
+            stepping(_right, _sized),
+            "move 1: your batches always have the same size, so a record that gets in keeps another one out. Let each "
+            "record flip its own coin of probability q.",
+        ),
+        Wrong(
+            stepping(
+                _right, lambda n, q, steps, g: (torch.randint(n, (round(n * q),), generator=g) for _ in range(steps))
+            ),
+            "move 1: `torch.randint` can draw a record twice in one batch. It then moves the sum by 2·C, and the noise "
+            "is made for C.",
+        ),
+        Wrong(
+            stepping(lambda rows, s, size, noise: _right(rows, s, size, None)),
+            "move 4: the noise is right, but it does not come from `noise`, so it cannot be that of Opacus. Hand "
+            "`noise` to `add_noise` or to `torch.randn(..., generator=noise)`.",
+        ),
+        Wrong(
+            stepping(lambda rows, s, size, noise: _right(rows, s, size, _seed(noise.initial_seed()))),
+            "move 4: you seed the noise anew in every step, so each step gets the same noise, and in the difference "
+            "of two "
+            "steps it is gone. Make the generator once, and draw on.",
         ),
     ],
-    praise="the ratio 3.49 lifts the odds from 1 : 4 to 0.87 : 1, and that is a probability of 0.47.",
-    solution="Ratio: exp((1.3 - ½) / 0.8²) = exp(1.25) ≈ 3.49. Odds before: 0.2 / 0.8 = 0.25. Odds after: 0.25 · 3.49 "
-    "≈ 0.873. Probability after: 0.873 / 1.873 ≈ **0.466**.\n\n```python\nanswer_3_4 = posterior(1.3, "
-    "noise_multiplier=0.8, prior=0.2)\n```",
+    praise="this is DP-SGD, and it is yours: a coin for each record, each gradient clipped, noise of σ·C on the sum, "
+    "one "
+    "division by n·q; and an empty batch is a step like any other.",
 )
 
 EXERCISES = [exercise_3_1, exercise_3_2, exercise_3_3, exercise_3_4]

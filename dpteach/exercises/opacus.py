@@ -1,14 +1,16 @@
-"""Notebook 05: what ε depends on, the noise for a budget, a divisor that tells, a script that only looks private."""
+"""Notebooks 05 and 05b: a loop made private, an ε that lies, a divisor that tells, a script that only looks private."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dpteach.data import two_moons
 from dpteach.exercises.core import (
@@ -20,103 +22,232 @@ from dpteach.exercises.core import (
     as_numbers,
     attempted,
     changed,
-    choose,
     observed,
     open_ended,
     unattempted,
-    value,
 )
 from dpteach.ledger import Ledger
 from dpteach.models import mlp
 
-# 5.1: what ε depends on
+# 5.1: a plain loop made private
 
-exercise_5_1 = choose(
+
+def make_it_private(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+    loader = DataLoader(TensorDataset(X, y), batch_size=batch_size, generator=batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    return engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        noise_generator=noise,
+    )
+
+
+def parts(*, dataset=TensorDataset, scaled=1.0, seeded=True, optimizer=torch.optim.SGD, **settings):
+    """A wrong answer: other parts, or other ``settings`` of make_private."""
+
+    def answer(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+        loader = DataLoader(dataset(scaled * X, y), batch_size=batch_size, generator=batches if seeded else None)
+        given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, "noise_generator": noise}
+        return engine.make_private(
+            module=model, optimizer=optimizer(model.parameters(), lr=lr), data_loader=loader, **given | settings
+        )
+
+    return answer
+
+
+def kept(*old):
+    """A wrong answer that returns these of its own parts, and not those of make_private."""
+
+    def answer(engine, model, X, y, batch_size, lr, noise_multiplier, max_grad_norm, batches, noise):
+        loader = DataLoader(TensorDataset(X, y), batch_size=batch_size, generator=batches)
+        own = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=lr), "loader": loader}
+        strength = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, "noise_generator": noise}
+        new = engine.make_private(module=model, optimizer=own["optimizer"], data_loader=loader, **strength)
+        return tuple(own[name] if name in old else part for name, part in zip(own, new))
+
+    return answer
+
+
+# The piece that is at fault, and why.
+PIECES = {
+    "plain": (
+        "loader",
+        Wrong(
+            kept("model", "optimizer", "loader"),
+            "it is a plain DataLoader, and the model and the optimizer are plain, too: nothing clips or adds noise. "
+            "Return the three that engine.make_private returns.",
+        ),
+    ),
+    "old loader": (
+        "loader",
+        Wrong(
+            kept("loader"),
+            "it is a plain DataLoader, the one that you made, or make_private got poisson_sampling=False. Its batches "
+            "are no Poisson batches, so no ε that the engine prints holds for them.",
+        ),
+    ),
+    "batch size": (
+        "loader",
+        Wrong(
+            changed(make_it_private, batch_size=lambda given: 2 * given.batch_size),
+            "it draws each record with another probability than q = 1/⌈n / batch_size⌉. Give DataLoader your "
+            "function's batch_size.",
+        ),
+    ),
+    "batches": (
+        "loader",
+        Wrong(
+            parts(seeded=False),
+            "its batches are not those that `batches` draws: give DataLoader generator=batches. Without it, nobody can "
+            "run these batches again to compare.",
+        ),
+    ),
+    "records": ("loader", Wrong(parts(scaled=0.5), "its batches do not hold the records (X, y) as they were given.")),
+    "old model": (
+        "model",
+        Wrong(
+            kept("model"),
+            "you return the model that you had. The one that make_private returns keeps each record's gradient.",
+        ),
+    ),
+    "other model": (
+        "model",
+        Wrong(
+            changed(make_it_private, model=lambda given: copy.deepcopy(given.model)),
+            "it is private, but it is not the model that your function was given: that one would never be trained.",
+        ),
+    ),
+    "old optimizer": (
+        "optimizer",
+        Wrong(
+            kept("optimizer"),
+            "you return the optimizer that you had. It neither clips nor adds noise, and the engine does not hear of "
+            "its steps.",
+        ),
+    ),
+    "sigma": (
+        "optimizer",
+        Wrong(
+            changed(make_it_private, noise_multiplier=lambda given: given.noise_multiplier * given.max_grad_norm),
+            "its noise is not σ·C. noise_multiplier is σ alone: Opacus multiplies it by C itself.",
+        ),
+    ),
+    "norm": ("optimizer", Wrong(changed(make_it_private, max_grad_norm=1.0), "it clips to another norm than C.")),
+    "noise": (
+        "optimizer",
+        Wrong(
+            parts(noise_generator=None),
+            "its noise is not drawn from `noise`: give make_private noise_generator=noise. (Only to compare runs: a "
+            "release has no seed.)",
+        ),
+    ),
+    "step": (
+        "optimizer",
+        Wrong(
+            parts(optimizer=partial(torch.optim.SGD, momentum=0.9)),
+            "clipping and noise are right, and the step is not: three of its steps end at other weights than three of "
+            "SGD at learning rate lr.",
+        ),
+    ),
+    "uncounted": (
+        "engine",
+        Wrong(
+            lambda engine, *rest: make_it_private(type(engine)(), *rest),
+            "the engine of your function has heard of no step. You made another one: call make_private on `engine`.",
+        ),
+    ),
+}
+
+
+def _three_steps(model, optimizer, loader) -> torch.Tensor:
+    for X, y in islice(loader, 3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def _faults_of_the_loader(loader: Any, right: Any) -> list[str]:
+    if not isinstance(loader, type(right)):
+        return ["old loader"]
+    if loader.sample_rate != right.sample_rate:
+        return ["batch size"]
+    pairs = [(a, b) for mine, other in zip(islice(loader, 3), islice(right, 3)) for a, b in zip(mine, other)]
+    if not all(len(a) == len(b) for a, b in pairs):  # three equal sizes from other numbers: one chance in a million
+        return ["batches"]
+    return [] if all(torch.equal(a, b) for a, b in pairs) else ["records"]
+
+
+# Records, batch size, learning rate, σ and C.
+PARTS = ((650, 128, 0.3, 1.3, 0.7), (310, 100, 0.1, 0.9, 1.6))
+
+
+def _pieces(fn: Callable, args: tuple) -> list[str]:
+    """Which of PIECES are at fault."""
+    n, batch_size, lr, sigma, C = args
+    from opacus import GradSampleModule, PrivacyEngine
+    from opacus.optimizers import DPOptimizer
+
+    def made_by(answer: Callable) -> tuple:
+        engine, model, noise = PrivacyEngine(), mlp(), torch.Generator().manual_seed(6)
+        batches = torch.Generator().manual_seed(5)
+        made = answer(engine, model, *two_moons(n)[:], batch_size, lr, sigma, C, batches, noise)
+        return engine, model, noise, attempted(made)
+
+    engine, bare, noise, mine = made_by(fn)
+    *_, right = made_by(make_it_private)
+    if not (isinstance(mine, (tuple, list)) and len(mine) == 3):
+        raise Complaint("your function must return three objects: model, optimizer and loader.")
+    model, optimizer, loader = mine
+    if not (isinstance(model, torch.nn.Module) and hasattr(optimizer, "step") and isinstance(loader, DataLoader)):
+        raise Complaint("your function must return the model, the optimizer and the loader, in this order.")
+    hooked, noisy = isinstance(model, GradSampleModule), isinstance(optimizer, DPOptimizer)
+    faults = _faults_of_the_loader(loader, right[2])
+    if not hooked and not noisy and faults == ["old loader"]:
+        return ["plain"]
+    faults += [] if hooked and model._module is bare else ["other model" if hooked else "old model"]
+    if not noisy:
+        return [*faults, "old optimizer"]
+    faults += ["sigma"] * (optimizer.noise_multiplier != sigma) + ["norm"] * (optimizer.max_grad_norm != C)
+    faults += ["noise"] * (optimizer.generator is not noise)
+    if faults:
+        return faults
+    if not torch.allclose(_three_steps(*mine), _three_steps(*right), rtol=0, atol=1e-6):
+        return ["step"]
+    return ["uncounted"] * (not engine.accountant.history)
+
+
+def _piece_by_piece(faults: list[str]) -> str:
+    """One sentence for each piece that is at fault, after the pieces that are not."""
+    at_fault = {PIECES[fault][0] for fault in faults} | ({"model", "optimizer"} if "plain" in faults else set())
+    right = [piece for piece in ("model", "optimizer", "loader") if piece not in at_fault]
+    told = [f"The {PIECES[fault][0]}: {PIECES[fault][1].message}" for fault in faults]
+    return " ".join(([f"right so far: {', '.join(right)}."] if right else []) + told)
+
+
+def _examine_parts(fn: Callable) -> Verdict:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for args in PARTS:
+            if faults := observed(_pieces, fn, args):
+                return Verdict(False, _piece_by_piece(faults))
+    return Verdict(
+        True,
+        "the model keeps each record's gradient, the optimizer clips and adds noise from `noise`, the loader draws "
+        "Poisson batches from `batches`, and your engine hears of each step.",
+    )
+
+
+exercise_5_1 = Exercise(
     "5.1",
-    hint="The accountant's whole memory is `engine.accountant.history`. What would have to be written there for the "
-    "model to matter?",
-    answer="c",
-    wrong=[
-        Wrong(
-            "a",
-            "Opacus can differentiate both models, and it counts nothing of them. The clipped sum of the big model has "
-            "a norm of at most C per record, like that of the small one: one vector, however many numbers it has.",
-        ),
-        Wrong(
-            "b",
-            "the noise has standard deviation σ·C in every coordinate, so the *total* noise does grow with the number "
-            "of weights. That costs accuracy. But your record still moves the vector by at most C, in one direction, "
-            "and σ hides this move.",
-        ),
-        Wrong(
-            "d",
-            "an attack may indeed succeed more easily on one of the two. But ε is a bound for the worst case, over all "
-            "models and all attacks: it does not look at the model, so it can't be lower for one of them.",
-        ),
-    ],
-    praise="σ, q, the number of steps and δ. A record moves the clipped sum by at most C and the noise is σ·C, "
-    "whatever the model, so the ratio, and with it ε, is the same. Opacus' history holds σ, q and steps, and nothing "
-    "else.",
-    solution="**c.** The history of an engine is a list of (σ, q, steps). With δ, this is all that ε is computed from. "
-    "The model decides how well the *same* ε lets you learn.",
-)
-
-# 5.2: the noise for a budget
-
-exercise_5_2 = value(
-    "5.2",
-    hint="`noise_multiplier_for(target_epsilon=..., sample_rate=..., steps=..., target_delta=...)` needs q = 1 / ⌈n / "
-    "batch_size⌉ and the steps of *all* epochs. Or let `make_private_with_epsilon` search, and print "
-    "`optimizer.noise_multiplier`.",
-    answer=0.997,
-    wrong=[
-        Wrong(
-            1.048,
-            "this σ keeps the budget, but it is RDP's: a looser accountant, and so more noise than you need. PRV, "
-            "PrivacyEngine's default, is content with less.",
-        ),
-        Wrong(0.671, "this σ is right for one epoch. The budget is for the whole run: 20 epochs of 79 steps."),
-        Wrong(
-            0.617,
-            "you counted 20 steps, one for each epoch. An epoch has ⌈n / batch_size⌉ = 79 steps, and each of them "
-            "costs.",
-        ),
-        Wrong(
-            0.721,
-            "your δ is one over the number of batches, 1/79. At a δ that large, little noise seems to be enough. The "
-            "task asks for δ = 1e-5.",
-        ),
-        Wrong(
-            0.449,
-            "your q is 1/n, the rate of a batch of one record. A record is in a batch with probability 1 / 79 here.",
-        ),
-        Wrong(
-            0.946,
-            "this σ is too small by 5 %: it is GDP's, which is no bound, or one for δ = 1/n = 5e-5. Take PRV, at δ = "
-            "1e-5.",
-        ),
-        Wrong(1.139, "this σ keeps the budget, but by RDP with the conversion of 2017: more noise than you need."),
-        Wrong(
-            0.655,
-            "your q is 1/256, one over the batch size. A record is in a batch with probability 1/79: one over the "
-            "number of batches.",
-        ),
-        Wrong(0.491, "your q is one over the steps of the whole run. A record is expected once an *epoch*: q = 1/79."),
-        Wrong(
-            2.808,
-            "you gave each epoch a twentieth of ε. ε grows more slowly than the number of epochs: ask for all 20 · 79 "
-            "steps at once.",
-        ),
-        Wrong(11.202, "you counted a step for each record. A step takes a whole batch: an epoch has 79."),
-        Wrong(
-            59.378,
-            "you charged every step as if it used all the records (q = 1). Sampling makes a step much cheaper: q = "
-            "1/79.",
-        ),
-    ],
-    praise="σ is about 1.00: the talk's noise multiplier, at twice its epochs, costs ε = 3.",
-    solution="`noise_multiplier_for(target_epsilon=3.0, sample_rate=1 / 79, steps=20 * 79)` gives 0.997. "
-    "`make_private_with_epsilon` stops its search a little earlier and takes nearly the same.",
+    hint="Make what the plain loop needs: TensorDataset, DataLoader (with generator=batches), SGD. Hand all three to "
+    "engine.make_private, with σ, C and noise_generator=noise, and return what comes back.",
+    reference=make_it_private,
+    examine=_examine_parts,
+    wrong=tuple(Wrong(wrong.answer, _piece_by_piece([fault])) for fault, (_, wrong) in PIECES.items()),
 )
 
 # 5.3: the divisor tells how many records there are
@@ -191,7 +322,7 @@ ASKED = (Asked(650, 1.3, 0.7, 3, 128, 1e-6), Asked(310, 0.9, 1.6, 2, 100, 1e-4))
 
 
 def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch)
+    loader = DataLoader(data, batch_size=batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     engine = PrivacyEngine()  # one engine, before the first epoch
     model, optimizer, loader = engine.make_private(  # all three replace the old ones
@@ -210,7 +341,7 @@ def train_private(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, e
 
 
 def as_it_was_given(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-    train_loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
+    train_loader = DataLoader(data, batch_size=batch_size, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(epochs):
         engine = PrivacyEngine()
@@ -247,17 +378,19 @@ def epoch(*moves, skip_empty=False):
 EPOCH = epoch()
 
 
-def script(train=EPOCH, *, use=lambda old, new: new, engine_by_epoch=False, ask_after=None, **settings):
+def script(train=EPOCH, *, use=lambda old, new: new, engine_by_epoch=False, ask_after=None, forgets=False, **settings):
     """An answer that trains otherwise, on what it uses of the old and the new parts, or with its own ``settings``."""
 
     def answer(PrivacyEngine, model, data, noise_multiplier, max_grad_norm, epochs, batch_size, target_delta):
-        loader = DataLoader(data, batch_size=batch_size, collate_fn=lambda batch: batch, shuffle=True)
+        loader = DataLoader(data, batch_size=batch_size, shuffle=True)
         old = new = model, torch.optim.SGD(model.parameters(), lr=0.05), loader
         given = {"noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm, **settings}
         for k in range(epochs):
             if k == 0 or engine_by_epoch:
                 engine = PrivacyEngine()
                 new = engine.make_private(module=new[0], optimizer=new[1], data_loader=new[2], **given)
+            if forgets:
+                engine.accountant.history.clear()
             train(*use(old, new))
             if k + 1 == (ask_after or epochs):
                 spent = engine.get_epsilon(delta=target_delta)
@@ -316,6 +449,10 @@ FAULTS = {
         script(engine_by_epoch=True),
         "you make a new engine in each epoch. Each one starts from zero, so the last knows the last epoch only. Make "
         "one engine before the loop, and call make_private once.",
+    ),
+    "history": Wrong(
+        script(forgets=True),
+        "your code changes the history of the engine: it holds fewer steps than were taken, and ε is computed from it.",
     ),
     "no zero_grad": Wrong(
         script(epoch("backward", "step")),
@@ -393,6 +530,7 @@ class _Notes:
         self.weights: dict[torch.Tensor, torch.Tensor] = {}  # each weight, as the last step left it
         self.others = False  # something else has moved them
         self.losses = math.inf  # by the criterion that was returned, where there is one
+        self.told = math.nan  # the ε that the function returned
 
     def look(self) -> None:
         self.others |= any(not torch.equal(w.nan_to_num(), last.nan_to_num()) for w, last in self.weights.items())
@@ -463,10 +601,10 @@ def _engine(notes: _Notes) -> type:
     return Recording
 
 
-def _train(fn: Callable, args: tuple) -> Any:
+def _train(fn: Callable, args: tuple, notes: _Notes | None = None) -> list[str]:
     """What is wrong with the training or its ε: keys of FAULTS."""
     *given, asked = args
-    notes = _Notes()
+    notes = notes or _Notes()
     engine = _engine(notes)
     try:
         with warnings.catch_warnings():
@@ -486,6 +624,7 @@ def _train(fn: Callable, args: tuple) -> Any:
     number = as_number(attempted(spent))
     if number is None:
         raise Complaint(f"your function must return ε, a number, got a {type(spent).__name__}.")
+    notes.told = number
     if not notes.calls:
         return ["no engine"]
     notes.look()
@@ -505,6 +644,7 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
         "old criterion": notes.losses < notes.steps,
         "batch size": first["data_loader"].batch_size not in (asked.batch_size, None),
         "many engines": sum(bool(engine.accountant.history) for engine in notes.engines) > 1,
+        "history": sum(steps for engine in notes.engines for *_, steps in engine.accountant.history) < notes.steps,
         "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.calls),
         "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.calls),
         "skips empty": skipped,
@@ -550,11 +690,15 @@ def _sentence(*faults: str) -> str:
     return " Besides: ".join(FAULTS[fault].message for fault in faults)
 
 
+def _records(n: int) -> TensorDataset:
+    return TensorDataset(*two_moons(n)[:])
+
+
 def _examine(fn: Callable) -> Verdict:
     for asked in ASKED:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            faults = observed(_train, fn, (mlp(), two_moons(asked.n), asked))
+            faults = observed(_train, fn, (mlp(), _records(asked.n), asked))
         if faults:
             return Verdict(False, _sentence(*faults))
     return Verdict(
@@ -571,6 +715,96 @@ exercise_5_4 = Exercise(
     reference=train_private,
     examine=_examine,
     wrong=(Wrong(as_it_was_given, _sentence("old loader", "many engines", "delta")), *FAULTS.values()),
+)
+
+# 5.2: an ε that lies
+
+
+def a_lie(PrivacyEngine, model, data, sigma, C, epochs, batch_size, delta):
+    loader = DataLoader(data, batch_size=batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    strength = {"noise_multiplier": sigma, "max_grad_norm": C}
+    for _ in range(epochs):
+        engine = PrivacyEngine()  # here is the lie: it counts from zero again
+        model, optimizer, loader = engine.make_private(
+            module=model, optimizer=optimizer, data_loader=loader, **strength
+        )
+        for X, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), y).backward()
+            optimizer.step()
+    return engine.get_epsilon(delta=delta)
+
+
+# What no accountant's number holds for, and what costs more than is told.
+NO_BOUND = {"old optimizer", "other optimizer", "not Poisson", "old loader", "old criterion"}
+UNCOUNTED = {"many engines", "history", "early"}
+OTHER_RUN = {"noise", "norm", "batch size", "steps", "skips empty"}
+REFUSED = {"no zero_grad", "no gradient"}
+
+
+def _lies(fn: Callable) -> str | tuple[str, dict[str, Any]]:
+    found = [_lie(fn, asked) for asked in ASKED]
+    return next((kind for kind in found if isinstance(kind, str)), found[0])
+
+
+def _lie(fn: Callable, asked: Asked) -> str | tuple[str, dict[str, Any]]:
+    notes = _Notes()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        faults = set(observed(partial(_train, notes=notes), fn, (mlp(), _records(asked.n), asked)))
+    if faults & REFUSED or math.isnan(notes.told) or notes.steps == 0 and notes.calls:
+        return "refused"
+    if faults & {"delta", "delta of records", "other delta", "no bound"}:
+        return "open"
+    if faults & {"no engine", "other number", "rounded"}:
+        return "made up"
+    if faults & OTHER_RUN:
+        return "other run"
+    if faults & NO_BOUND:
+        return "right", {"told": notes.told, "truth": "no number at all: no accountant covers what it ran"}
+    if faults & UNCOUNTED:
+        ledger, batches = Ledger(), len(notes.calls[0]["data_loader"])
+        ledger.charge(noise_multiplier=asked.noise_multiplier, sample_rate=1 / batches, steps=notes.steps)
+        truth = ledger.epsilon(target_delta=asked.target_delta, accountant="rdp")
+        return "right", {"told": notes.told, "truth": f"{truth:.2f}"}
+    return "honest"
+
+
+exercise_5_2 = open_ended(
+    "5.2",
+    hint="The engine hears of the steps that *its* optimizer takes, since it was made. And it believes that the "
+    "batches come from the loader that it returned. Break one of the two.",
+    reference=a_lie,
+    describe=_lies,
+    wrong={
+        "honest": Wrong(
+            changed(train_private),
+            "this ε is true. One engine has counted each private step, on Poisson batches, and you ask at delta.",
+        ),
+        "made up": Wrong(
+            lambda *args: 0.5 * train_private(*args),
+            "this number is not the answer of an engine. A made-up one is too easy: let Opacus itself say it.",
+        ),
+        "open": Wrong(
+            changed(train_private, target_delta=0.1),
+            "another δ, or another accountant, stands beside ε in any report: whoever reads it sees the trick. Ask "
+            "PrivacyEngine() at delta.",
+        ),
+        "other run": Wrong(
+            changed(train_private, epochs=1),
+            "you train something else than was asked for: other epochs, batches, σ or C. The ε that you tell is true "
+            "for that run.",
+        ),
+        "refused": Wrong(
+            script(epoch("backward", "step")),
+            "Opacus refuses to step, or has counted no step and can't tell an ε. Find something that it does not look "
+            "at.",
+        ),
+    },
+    praise="Opacus says nothing, and your function tells ε = {told:.2f}. The truth is {truth}. Whoever gets only the "
+    "number can't see it. Notebook 05b has a gallery of such lies that people tell by mistake.",
+    solution="",
 )
 
 EXERCISES = [exercise_5_1, exercise_5_2, exercise_5_3, exercise_5_4]

@@ -181,7 +181,7 @@ class FederatedExplorer(LiveTraining):
         reached_alt = f"Test accuracy of the average by round: {reached}."
         average, end = run.accuracies.line("private", "federated"), run.rounds
         loss, spent, accuracy = (self._ghosts_of(run, k) for k in range(3))
-        spent, y_range = spent + self._lines(run, run.epsilons), (1 / self._classes, 1)
+        y_range = (1 / self._classes, 1)
         words = "Accuracy of the average", "round", "share of test records right"
         return [
             self._trade_off_panel(run, plan or run),

@@ -4,6 +4,7 @@ Every message starts a new process, so nothing in memory lasts. ``Context.state`
 run; the ledger's file outlasts both.
 """
 
+import functools
 import json
 import os
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 
 from dpteach import models
 from dpteach._checks import choice, number
@@ -35,7 +37,12 @@ VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virt
 def train(message: Message, context: Context) -> Message:
     """Answer one round's message: train, and send the model with what it has cost."""
     torch.set_num_threads(1)
-    return Message(answer(message.content["arrays"], context), reply_to=message)
+    reply, run = Message(answer(message.content["arrays"], context), reply_to=message), context.run_config
+    if run["privacy"] == "sample" or run["clipping"] in ("server", "adaptive") or "refusal" in reply.content:
+        return reply
+    C, of = run["clipping-norm"], (run["local-epsilon"], run["server-target-delta"])
+    mod = fixedclipping_mod if run["clipping"] == "client" else LocalDpMod(C, 2 * C, *of)  # one update for another: 2C
+    return mod(message, context, lambda *_: reply)
 
 
 def answer(arrays: ArrayRecord, context: Context) -> RecordDict:
@@ -74,7 +81,7 @@ def train_round(arrays: ArrayRecord, context: Context) -> RecordDict:
     )
     # Without noise on the node, for the server to clip and add it, a ledger that the node names says so: ε is infinite.
     method = choice("method", node.get("method", run["method"]), PRIVATE) if run["privacy"] == "sample" else "sgd"
-    worker = Worker(_name(node), _records(node, run), settings, _ledger(node, method), method=method)
+    worker = Worker(_name(node), records(node, run), settings, _ledger(node, method), method=method)
     check_budget(node, worker)
     for _ in worker.train_round(model):  # charges the ledger first
         pass
@@ -126,14 +133,19 @@ def _name(node: dict) -> str:
     return str(node.get("name", f"client-{node.get('partition-id', 0):02d}"))
 
 
-def _records(node: dict, run: dict) -> Data:
-    """The node's own file where node-config names one (``data``), else its part of MNIST; the run may ask for fewer."""
+def records(node: dict, run: dict) -> Data:
+    """A node's own file where its config names one (``data``), else its part of MNIST; a run may ask for fewer."""
     if "data" in node:
         own = torch.load(node["data"], weights_only=True)
         data = Data(own["X"], own["y"])
     else:
-        data = split(load_mnist(), int(node["num-partitions"]))[int(node["partition-id"])]
+        data = _parts(int(node["num-partitions"]))[int(node["partition-id"])]
     return data.take(min(int(run["records"]), len(data))) if run["records"] else data
+
+
+@functools.cache  # one of Ray's processes answers for many virtual nodes
+def _parts(count: int) -> list[Data]:
+    return split(load_mnist(), count)
 
 
 def _ledger(node: dict, method: str) -> Ledger:

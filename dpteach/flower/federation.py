@@ -1,5 +1,6 @@
 """A federation on this machine: SuperLink and SuperNodes on loopback ports, started, watched and ended."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -80,7 +81,7 @@ class FederatedRound:
         epsilons_by_state: the same from the memory that Flower keeps for a run (``Context.state``): too small after a
             restart or in a second run.
         steps: by node's name: all steps that its ledger has.
-        accuracy: of the averaged model on MNIST's 10,000 test images.
+        accuracy: of the averaged model on MNIST's 10,000 test images; None if the app does not measure it.
         seconds: since the run began.
     """
 
@@ -89,7 +90,7 @@ class FederatedRound:
     epsilons: dict[str, float]
     epsilons_by_state: dict[str, float]
     steps: dict[str, int]
-    accuracy: float
+    accuracy: float | None
     seconds: float
 
 
@@ -123,6 +124,8 @@ class _Local:
             self.close()
             raise
         return self
+
+    start = __enter__  # for a notebook, whose cells share one federation: end it with close()
 
     def __exit__(self, *_):
         self.close()
@@ -230,18 +233,19 @@ class _Local:
         return file.read_text(encoding="utf8", errors="replace") if file.exists() else ""
 
     def _last_words(self, name: str) -> str:
-        lines = [line.strip() for line in self._log(name).splitlines() if line.strip()]
+        stripped = (line.strip(" │╭╮╰╯─") for line in self._log(name).splitlines())  # Flower boxes its errors
+        lines = [line for line in stripped if line]
         errors = [line for line in lines if "Error: " in line or "Exception: " in line]
-        return f"Its last words: {(errors or lines)[-1]}" if lines else "It said nothing."
+        return f"Its last words: {errors[-1] if errors else ' '.join(lines[-3:])}" if lines else "It said nothing."
 
-    def _lines(self, config: dict, *options: str) -> Iterator[dict]:
+    def _lines(self, app: Path, config: dict, timeout: float, *options: str) -> Iterator[dict]:
         """The report of one run, line by line, as the server writes it."""
         self._check_open()
         self._runs += 1
-        report, timeout = self._home / f"report-{self._runs}.jsonl", config["round-timeout"]
+        report = self._home / f"report-{self._runs}.jsonl"
         report.touch()
         settings = [f"--run-config={k}={json.dumps(v)}" for k, v in {"report": str(report), **config}.items()]
-        self._spawn("run", "flwr", "run", str(APP), "--stream", *options, *settings)
+        self._spawn("run", "flwr", "run", str(app), "--stream", *options, *settings)
         read, to_stop = 0, None
         deadline = time.monotonic() + timeout + self._start_timeout
         try:
@@ -297,6 +301,9 @@ class Federation(_Local):
     def __init__(self, nodes: Sequence[Node], folder: str | os.PathLike | None = None, *, start_timeout: float = 90):
         super().__init__(start_timeout)
         self.nodes = {node.name: node for node in nodes}
+        #: What has happened, in order: time (s since 1970), the node's name or "server", and "online", "charged" (its
+        #: ledger's file says when), "averaged", "killed".
+        self.events: list[tuple[float, str, str]] = []
         self._killing = threading.Lock()  # a node is not started again while the last one is still being killed
         if len(self.nodes) < max(2, len(nodes)):
             names = [node.name for node in nodes]
@@ -329,12 +336,17 @@ class Federation(_Local):
             Ledger(file, new=not file.exists() and not before.exists())  # a damaged one is an error now
             before.touch()
 
-    def rounds(self, rounds: int = 3, *, timeout: float = 120, **config) -> Iterator[FederatedRound]:
+    def rounds(
+        self, rounds: int = 3, *, timeout: float = 120, app: str | os.PathLike = APP, **config
+    ) -> Iterator[FederatedRound]:
         """Run some rounds of federated averaging from a new model, one :class:`FederatedRound` at a time.
 
         Args:
             rounds: >= 1.
             timeout: seconds for one round, >= 1.
+            app: a folder with an app of your own, which is started as you, on each node. What it does is yours to
+                answer for: that it charges the ledgers, and that it adds noise. Its server says what happens by
+                :func:`dpteach.flower.server_app.reporting`.
             config: other keys of the app's ``pyproject.toml``, with ``_`` for ``-``: ``batch_size=64``,
                 ``method="opacus"``.
 
@@ -344,7 +356,7 @@ class Federation(_Local):
             TimeoutError: if a round takes longer than ``timeout``.
         """
         # The generator is another method, so that these errors come at the call.
-        return self._rounds(_run_config(rounds, timeout, {"num_nodes": len(self.nodes), **config}))
+        return self._rounds(Path(app).resolve(), *_run_config(app, rounds, timeout, len(self.nodes), config))
 
     def kill(self, name: str, *, in_next_round: bool = False) -> None:
         """SIGKILL the node ``name``, all of it, as a power cut would.
@@ -372,6 +384,7 @@ class Federation(_Local):
                 raise RuntimeError(f"{name} is running: kill it first.")
             self._start_node(name)
         self._wait_online()
+        self._note(name, "online")
 
     def _start(self) -> None:
         self._start_link("--enable-supernode-auth")
@@ -412,20 +425,38 @@ class Federation(_Local):
         found = re.search(r"SuperNode ID: (\d+)", self._log(name))
         return found and found.group(1)
 
-    def _rounds(self, config: dict) -> Iterator[FederatedRound]:
+    def _rounds(self, app: Path, config: dict, timeout: float) -> Iterator[FederatedRound]:
         self._check_open()
-        for line in self._lines({**config, "nodes": ",".join(map(self._id, self.nodes))}):
-            epsilons, by_state, steps = (
-                {name: line[f"{key}/{name}"] for name in self.nodes} for key in ("epsilon", "epsilon-by-state", "steps")
+        if "nodes" in config:
+            config["nodes"] = ",".join(map(self._id, self.nodes))
+        made = 0
+        for line in self._lines(app, config, timeout):
+            made += 1
+            self._note("server", "averaged")
+            kept = (
+                {name: line[f"{key}/{name}"] for name in self.nodes if f"{key}/{name}" in line}
+                for key in ("epsilon", "epsilon-by-state", "steps")
             )
-            rest = {key: line[key] for key in ("round", "rounds", "accuracy", "seconds")}
-            yield FederatedRound(epsilons=epsilons, epsilons_by_state=by_state, steps=steps, **rest)
+            yield FederatedRound(line["round"], line["rounds"], *kept, line.get("accuracy"), line["seconds"])
+        if made < config["num-server-rounds"]:  # Flower's own strategy goes on where clients fail
+            told = "; ".join(f"{name}: {self._last_words(name)}" for name in self.nodes)
+            raise RuntimeError(f"The run ended after {made} of {config['num-server-rounds']} rounds. {told}")
+
+    def _note(self, who: str, what: str) -> None:
+        """Write down an event, and before it the charges that no event has told yet."""
+        for name in self.nodes:
+            with contextlib.suppress(OSError, ValueError):  # gone, or damaged
+                charged = (self._ledger_file(name).stat().st_mtime, name, "charged")
+                if charged not in self.events and self.ledger(name).count:
+                    self.events.append(charged)
+        self.events = sorted([*self.events, (time.time(), who, what)])
 
     def _kill(self, name: str) -> None:
         with self._killing:
             self._processes[name].kill()  # first the one through which every answer goes
             end(f"{self._mark}/{name}", patience=0)
             self._processes[name].wait(10)
+            self._note(name, "killed")
 
     def _kill_after_charge(self, name: str, ledger: Ledger, charges: int) -> None:
         while self._keeper is not None and ledger.count <= charges:
@@ -471,13 +502,13 @@ class Simulation(_Local):
         """
         from dpteach.flower.client_app import ONLY_THE_NODES
 
-        config = _hyphenated({"num_nodes": self.clients, "privacy": "sample", **config})
+        config = _hyphenated({"privacy": "sample", **config})
         theirs = {key: config.pop(key) for key in ONLY_THE_NODES & config.keys()}
-        config = _run_config(rounds, timeout, config)
+        config, timeout = _run_config(APP, rounds, timeout, self.clients, config)
         theirs |= {"ledgers": str(self._home), "privacy": config["privacy"]}
         (self._home / "nodes.json").write_text(json.dumps(theirs), encoding="utf8")
         engine = f"num-supernodes={self.clients} client-resources-num-cpus=1"
-        return self._lines(config, "--federation-config", engine)
+        return self._lines(APP, config, timeout, "--federation-config", engine)
 
     def _environment(self, name: str) -> dict[str, str]:
         from dpteach.flower.client_app import VARIABLE as NODES
@@ -496,15 +527,24 @@ def _hyphenated(config: dict) -> dict:
     return {key.replace("_", "-"): value for key, value in config.items()}
 
 
-def _run_config(rounds: int, timeout: float, config: dict) -> dict:
+def _run_config(app: str | os.PathLike, rounds: int, timeout: float, nodes: int, config: dict) -> tuple[dict, float]:
+    """What a run is told, and the limit of a round: the standard keys that the app has, and ``config``."""
     import tomllib  # since Python 3.11, as Flower
 
-    own = {"num-server-rounds": whole("rounds", rounds, low=1), "round-timeout": number("timeout", timeout, low=1)}
-    own |= _hyphenated(config)
-    keys = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
-    for key in own.keys() - keys.keys():
-        raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {', '.join(keys)}")
-    return own
+    keys = tomllib.loads(Path(app, "pyproject.toml").read_text(encoding="utf8"))["tool"]["flwr"]["app"]["config"]
+    config, timeout = _hyphenated(config), number("timeout", timeout, low=1)
+    needed = {"num-server-rounds": whole("rounds", rounds, low=1), "report": ""}
+    for key in config | needed:
+        if key not in keys:
+            known = ", ".join(keys)
+            raise ValueError(f"config must name keys of the app's pyproject.toml, got {key!r}: these are {known}")
+    standard = {
+        "num-server-rounds": needed["num-server-rounds"],
+        "round-timeout": timeout,
+        "num-nodes": nodes,
+        "nodes": "",
+    }
+    return {key: value for key, value in standard.items() if key in keys} | config, timeout
 
 
 def _listening(process: psutil.Process) -> list[int]:

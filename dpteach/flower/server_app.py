@@ -1,13 +1,20 @@
 """The server of the Flower app: federated averaging that keeps each client's ε apart."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    Strategy,
+)
 
 from dpteach._checks import choice
 from dpteach.data import load_mnist
@@ -44,20 +51,25 @@ class NamedFedAvg(FedAvg):
         return [Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node) for node in self.only]
 
 
-class ApartFedAvg(NamedFedAvg):
-    """The same, and it stops at the first client that refuses or is lost, with its reason."""
+class Strict:
+    """In front of a strategy: it stops at the first client that refuses or is lost, with its reason."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
-        """The average; RoundFailed at the first refusal."""
-        return super().aggregate_train(server_round, answers(server_round, replies, self.min_train_nodes))
+        """The average, noisy if the strategy says so; RoundFailed at the first refusal."""
+        least = getattr(self, "strategy", self).min_train_nodes
+        return super().aggregate_train(server_round, answers(server_round, replies, least))
 
 
-class Central(DifferentialPrivacyServerSideFixedClipping):
-    """Flower's own central privacy, which stops at the first client that refuses or is lost, with its reason."""
+def strict(strategy: type[Strategy]) -> type:
+    """The same strategy, :class:`Strict`."""
+    return type(f"Strict{strategy.__name__}", (Strict, strategy), {})
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]):
-        """The noisy average; RoundFailed at the first refusal."""
-        return super().aggregate_train(server_round, answers(server_round, replies, self.strategy.min_train_nodes))
+
+ApartFedAvg = strict(NamedFedAvg)
+# Flower's central privacy. Who clips: the server; each client; the server, to a norm that half of the updates exceed.
+Central = strict(DifferentialPrivacyServerSideFixedClipping)
+CentralOfClipped = strict(DifferentialPrivacyClientSideFixedClipping)
+CentralAdaptive = strict(DifferentialPrivacyServerSideAdaptiveClipping)
 
 
 def answers(server_round: int, replies: Iterable[Message], expected: int) -> list[Message]:
@@ -85,10 +97,29 @@ def apart(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds, and report each."""
     torch.set_num_threads(1)
-    report = reporter(context.run_config["report"])
+    with reporting(context) as report:
+        run(grid, context.run_config, report)
+
+
+@contextlib.contextmanager
+def reporting(context: Context) -> Iterator[Callable[[dict], None]]:
+    """A function that prints a line of JSON, to the run's log, and appends it to the file that the run names.
+
+    Before it the run's number is reported, and at last its end, or its error. A server of your own reports a round as
+    ``{"round": 1, "rounds": 3, "accuracy": 0.7, "epsilon/alice": 1.17}``.
+    """
+    path, began = context.run_config["report"], time.monotonic()
+
+    def report(line: dict) -> None:
+        text = json.dumps({**line, "seconds": round(time.monotonic() - began, 1)})
+        print(text, flush=True)
+        if path:
+            with open(path, "a", encoding="utf8") as file:
+                file.write(text + "\n")
+
     report({"run": context.run_id})
     try:
-        run(grid, context.run_config, report)
+        yield report
     except Exception as error:
         report({"error": str(error) if isinstance(error, RoundFailed) else f"{type(error).__name__}: {error}"})
         raise
@@ -110,7 +141,7 @@ def run(grid: Grid, config: dict, report: Callable[[dict], None]) -> None:
         model.load_state_dict(arrays.to_torch_state_dict())
         reached = accuracy(model, test_data)
         line = {"round": server_round, "rounds": rounds, "accuracy": reached, **metrics}
-        if isinstance(strategy, Central):
+        if getattr(strategy, "accountant", None):
             line["epsilon"] = strategy.privacy_spent().epsilon  # of a whole client, not of a record
         if server_round:
             report(line)
@@ -119,34 +150,24 @@ def run(grid: Grid, config: dict, report: Callable[[dict], None]) -> None:
     everyone = {"fraction_train": 1.0, "min_train_nodes": nodes, "min_available_nodes": nodes, "fraction_evaluate": 0.0}
     named = [int(node) for node in config["nodes"].split(",") if node]
     central_privacy = choice("privacy", config["privacy"], ("sample", "client")) == "client"
-    kind = NamedFedAvg if central_privacy else ApartFedAvg  # Flower's accountant accepts its own aggregate_train only
+    by_server = central_privacy and config["clipping"] != "local"
+    kind = NamedFedAvg if by_server else ApartFedAvg  # Flower's accountant accepts its own aggregate_train only
     strategy = kind(named, train_metrics_aggr_fn=keep_apart, **everyone)
-    if central_privacy:
+    if by_server:
         strategy = central(strategy, config)
     initial = ArrayRecord(model.state_dict())
     strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds, timeout=timeout, evaluate_fn=after)
 
 
-def central(strategy: FedAvg, config: dict) -> Central:
-    """Flower's own central privacy: the server clips each client's update and adds the noise. Clients must trust it."""
+def central(strategy: FedAvg, config: dict) -> Strategy:
+    """The run's way to client-level privacy; Flower's accountant with it where Flower has one."""
     from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
 
     nodes, sigma, C = int(config["num-nodes"]), config["server-noise-multiplier"], config["clipping-norm"]
+    way = choice("clipping", config["clipping"], ("server", "client", "adaptive"))
+    if way == "adaptive":
+        return CentralAdaptive(strategy, sigma, nodes, initial_clipping_norm=C)
     draw, change = SamplingMethod.NO_AMPLIFICATION, NeighboringRelation.ADD_OR_REMOVE_ONE
     what = {"population_size": nodes, "sampling_method": draw, "neighboring_relation": change}
     accountant = RdpAccountant(PrivacyConfig(target_delta=config["server-target-delta"], **what))
-    return Central(strategy, sigma, C, nodes, accountant=accountant)
-
-
-def reporter(path: str) -> Callable[[dict], None]:
-    """A function that prints a line of JSON, to the run's log, and appends it to a file; no file for an empty name."""
-    began = time.monotonic()
-
-    def report(line: dict) -> None:
-        text = json.dumps({**line, "seconds": round(time.monotonic() - began, 1)})
-        print(text, flush=True)
-        if path:
-            with open(path, "a", encoding="utf8") as file:
-                file.write(text + "\n")
-
-    return report
+    return (Central if way == "server" else CentralOfClipped)(strategy, sigma, C, nodes, accountant=accountant)

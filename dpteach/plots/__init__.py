@@ -12,6 +12,7 @@ import textwrap
 
 from dpteach.plots.items import (
     COLOURS,
+    Arrows,
     Band,
     Bars,
     Field,
@@ -29,7 +30,7 @@ from dpteach.plots.items import (
 from dpteach.plots.painters import still, svg
 from dpteach.plots.panel import Panel, alt_text, short
 
-__all__ = ["COLOURS", "Band", "Bars", "Field", "Heat", "Item", "Level", "Line", "Mark", "Panel"]
+__all__ = ["COLOURS", "Arrows", "Band", "Bars", "Field", "Heat", "Item", "Level", "Line", "Mark", "Panel"]
 __all__ += ["Pictures", "Points", "Words", "Zones"]
 __all__ += ["alt_text", "contour", "short", "source", "still", "svg"]
 

@@ -355,6 +355,43 @@ class Level(Mark):
         canvas.text(axes.x([self.x])[0] + 3, axes.top + 10, self.name, size=9.5)
 
 
+@dataclass(frozen=True)
+class Arrows(Item):
+    """An arrow from each of ``tails`` to each of ``tips``, (n, 2) both; ``wide`` makes them bolder.
+
+    ``ghost``: pale, of what is no more.
+    """
+
+    tails: np.ndarray
+    tips: np.ndarray
+    role: str
+    label: str = ""
+    wide: bool = False
+    ghost: bool = False
+
+    @property
+    def look(self) -> tuple:
+        return type(self), self.colour, self.wide, self.ghost
+
+    def extent(self) -> tuple[Values, Values]:
+        return np.vstack([self.tails, self.tips]).T
+
+    def draw(self, canvas, axes) -> None:
+        ends = (axes.at(*np.asarray(e, dtype=np.float64).reshape(-1, 2).T) for e in (self.tails, self.tips))
+        for tail, tip in zip(*ends):
+            length = math.dist(tail, tip)
+            if length > 0.5:  # shorter than that, it has no direction that could be seen
+                along = (tip - tail) / length * min(length, 11 if self.wide else 7)
+                side = np.array([-along[1], along[0]]) * 0.45
+                opacity = _GHOST if self.ghost else 1
+                canvas.line(np.array([tail, tip - 0.6 * along]), self.colour, 3 if self.wide else 1.4, (), opacity)
+                canvas.area(np.array([tip, tip - along + side, tip - along - side]), self.colour, opacity)
+
+    def sign(self, canvas, x: float, y: float) -> None:
+        canvas.line(np.array([[x, y], [x + 9, y]]), self.colour, 3 if self.wide else 1.4)
+        canvas.area(np.array([[x + 14, y], [x + 7, y - 4], [x + 7, y + 4]]), self.colour, 1)
+
+
 def contour(xs: np.ndarray, ys: np.ndarray, z: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The line where ``z`` crosses ``level``: two arrays for a :class:`Line`, with a NaN between the pieces.
 

@@ -16,6 +16,7 @@ from dpteach.plots.panel import Panel, alt_text, short, tick_text, ticks
 WIDTH, HEIGHT = 420, 270  # of one panel, in pixels; on a page it grows and shrinks
 _NARROWEST, _WIDEST = 300, 760  # on a page, before the next one goes below it; and where it stops growing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 26, 38  # between the panel's edge and the axes' frame
+_COUNTED = ("round", "rounds", "epoch", "epochs")  # half a round is no place for a number
 _KEY, _LETTER, _LINE = 18, 5.7, 12  # the height of a key above the frame; a letter's width; a line of text
 
 
@@ -82,6 +83,8 @@ def _scales(canvas: SvgCanvas | FigureCanvas, panel: Panel, axes: Axes) -> None:
     """The ticks, and what the axes are called."""
     left, right, top, bottom = axes.left, axes.right, axes.top, axes.bottom
     for value in ticks(*axes.x_range, panel.x_log, 6):
+        if panel.x_label in _COUNTED and value % 1:
+            continue
         x = axes.x([value])[0]
         canvas.text(x, bottom + 14, tick_text(value), anchor="middle")
         canvas.line(np.array([[x, bottom], [x, bottom - 4]]), None, 1, opacity=0.5)
