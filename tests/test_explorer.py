@@ -456,6 +456,16 @@ def test_the_still_is_a_png_with_the_sentence_as_its_text(explore):
     assert png.startswith(b"\x89PNG") and size["width"] == 840 and size["height"] > 540  # with the summary below
 
 
+def test_bars_at_the_side_stand_on_the_upright_axis():
+    bars = plots.Bars([2, 4, 8], [3, 1], "private", sideways=True)
+    assert list(bars.extent()[0]) == [3, 1, 0] and list(bars.extent()[1]) == [2, 4, 8]
+    panel = Panel("t", "x", "y", [bars], "Two bars.", (0, 4), (0, 10))
+    bars = plots.Bars([2, 4, 8], [3, 1], "private")
+    upright = Panel("t", "x", "y", [bars], "Two bars.", (0, 10), (0, 4))
+    ways = [re.findall(r'd="(M[^"]+)"|points="([^"]+)"', svg([p])) for p in (panel, upright)]
+    assert ways[0] != ways[1] and len(ways[0]) == len(ways[1])
+
+
 def test_both_painters_draw_every_kind_of_item():
     xs = [1.0, 2.0, math.nan, 4.0, 5.0]
     panel = Panel(
@@ -468,6 +478,7 @@ def test_both_painters_draw_every_kind_of_item():
             plots.Points([1, 2], [3, 4], "data", "dots"),
             plots.Points([1, 2], [4, 5], "attacker", "crosses", cross=True),
             plots.Bars([1, 2, 3], [5, 1], "non-private", "bars"),
+            plots.Bars([2, 4, 8], [3, 1], "second worker", "bars at the side", sideways=True),
             plots.Mark("budget", "upright", x=2.0),
             plots.Mark("budget", y=3.0),
             plots.Field([1, 3, 5], [1, 50], np.array([[0, 0.5, 1], [1, math.nan, 0]])),
