@@ -761,7 +761,7 @@ exercise_4_7 = coding(
         ),
         Wrong(
             folded_by(folds=lambda steps: steps + 1),
-            "you folded one time too often. Begin with `np.ones(1)`, a run of no steps, not with one step.",
+            "your sums begin where they should, but there is one fold too many: `np.ones(1)` is a run of no steps.",
         ),
         Wrong(
             folded_by(width=1.0), "your sums lie 1 apart. They lie as far apart as the losses: `losses[1] - losses[0]`."
