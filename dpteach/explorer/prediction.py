@@ -126,7 +126,7 @@ class Prediction:
         lines = [Line(self._at, self._measured, "private", "measured")] if self._measured else []
         lines += [Line(self._at, self._said, "non-private", "your guess", dashed=True)] if self._said else []
         words, wide = f"{self.question} {self.words()}.", max(self._at) > 30 * min(self._at) > 0
-        title = "Your guess, and the measurement"
+        title = "Your guess, and the measurement" if self._said else "The measurement"
         return Panel(title, self._x, "", lines, words, x_log=wide, y_log=self._limits.log)
 
     def _lock(self, guess: list[float] | None = None) -> None:
