@@ -109,7 +109,13 @@ def words_of(path):
     """A notebook's text, without the names of notebooks: ``02_clipping`` does not speak of clipping."""
     text = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells)
     text = re.sub(r"(?s)\*\*Read on\*\*.*$", "", text)  # whose titles may say more
-    return re.sub(r"\d\db?_\w+", "", text).replace(r"\sigma", "σ").replace(r"\varepsilon", "ε").replace(r"\eta", "η")
+    return (
+        re.sub(r"\d\db?_\w+", "", text)
+        .replace(r"\sigma", "σ")
+        .replace(r"\varepsilon", "ε")
+        .replace(r"\eta", "η")
+        .replace(r"\mu", "μ")
+    )
 
 
 def test_a_word_stands_in_the_notebook_that_explains_it_and_a_letter_in_none_before(pages):

@@ -362,8 +362,8 @@ _STEPS = [(1.0, 1 / 79, 2), (1.2, 0.05, 16), (2.0, 0.3, 32), (0.7, 0.1, 63), (4.
 
 exercise_4_3 = coding(
     "4.3",
-    hint="The terms become too large for `math.exp`, so add their logarithms: `math.log(math.comb(alpha, k)) + (alpha "
-    "- k) * math.log(1 - q) + …`, for k = 0 to α. `np.logaddexp.reduce(list_of_logs)` is the logarithm of the sum.",
+    hint="The terms become too large for `math.exp`, so add up logarithms: of each factor, `math.log`, and of the "
+    "whole sum, `np.logaddexp.reduce(list_of_logs)`. How many terms are there?",
     reference=step_rdp,
     inputs=calls(*_STEPS),
     rtol=1e-7,

@@ -503,7 +503,7 @@ FAULTS = {
     ),
     "no bound": Wrong(
         changed(train_private, PrivacyEngine=lambda run: partial(run.PrivacyEngine, accountant="gdp")),
-        "GDP's number is no bound: it can be far below what the run costs (notebook 04). Let PrivacyEngine use its "
+        "GDP's number is no bound: it can be far below what the run costs (notebook 04b). Let PrivacyEngine use its "
         "default.",
     ),
     "rounded": Wrong(

@@ -173,7 +173,7 @@ class Explorer(LiveTraining):
         parts = [f"{s.epochs} epochs at learning rate {number_text(s.lr)}"]
         if self._private:
             parts.insert(0, f"σ = {number_text(s.noise_multiplier)}, C = {number_text(s.max_grad_norm)}")
-        parts.append(self._cost(run) if self._private else "no privacy (ε = ∞)")
+        parts.append(self._cost(run) if self._private else "no privacy")
         if run.accuracy is not None:
             parts.append(self._result_of(run))
         if not run.complete and not run.ended:
