@@ -66,7 +66,8 @@ def strict(strategy: type[Strategy]) -> type:
 
 
 ApartFedAvg = strict(NamedFedAvg)
-# Flower's central privacy. Who clips: the server; each client; the server, to a norm that half of the updates exceed.
+# Flower's central privacy. Who clips: the server; each client; the server, to a norm that it
+# moves: Flower 1.42 lowers it where many updates exceed it, and scales the noise to the norm after the move.
 Central = strict(DifferentialPrivacyServerSideFixedClipping)
 CentralOfClipped = strict(DifferentialPrivacyClientSideFixedClipping)
 CentralAdaptive = strict(DifferentialPrivacyServerSideAdaptiveClipping)
