@@ -820,8 +820,12 @@ WRONG = [
         loop_in_pytorch(noise=lambda P, g: torch.randn(P, generator=g) * (torch.arange(P) < P - 2)),
         "gets no noise",
     ),
-    ("3.4", loop_in_pytorch(noise=two_in_turn), "can be told from that of another"),
-    ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.rand(n, generator=g) < 1.25 * q), "1.2 times as many records"),
+    ("3.4", loop_in_pytorch(noise=two_in_turn), "in the difference of two"),
+    (
+        "3.4",
+        loop_in_pytorch(coins=lambda n, q, g: torch.rand(n, generator=g) < 1.25 * q),
+        "times as many records as n·q",
+    ),
     ("3.4", loop_in_pytorch(coins=at_most_as_expected), "none of your batches is larger"),
     ("3.4", loop_in_pytorch(coins=lambda n, q, g: (torch.rand(1, generator=g) < q).expand(n)), "move 1: "),
     (
