@@ -627,6 +627,24 @@ def loop_in_pytorch(
     return loop
 
 
+def at_most_as_expected(n, q, g):
+    coins = torch.rand(n, generator=g) < q
+    return coins & (coins.cumsum(0) <= max(1, round(n * q)))
+
+
+def two_in_turn(P, g):
+    """Noise that comes back in every other step."""
+    drawn = two_in_turn.drawn.setdefault(g, [])
+    if len(drawn) < 2 or len(drawn[0]) != P:
+        drawn.append(torch.randn(P, generator=g))
+    else:
+        drawn.append(drawn[-2])
+    return drawn[-1]
+
+
+two_in_turn.drawn = {}
+
+
 def clip_each(grads, C):
     return torch.stack([g * min(1.0, C / (g.norm().item() + 1e-6)) for g in grads])
 
@@ -797,6 +815,26 @@ WRONG = [
     ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.randperm(n, generator=g) < n * q), "always have the same size"),
     ("3.4", loop_in_pytorch(coins=lambda n, q, g: torch.rand(n) < q), "do not come from `sampling`"),
     ("3.4", loop_in_pytorch(factor=lambda norm, C: C / norm), "you make every row C long"),
+    (
+        "3.4",
+        loop_in_pytorch(noise=lambda P, g: torch.randn(P, generator=g) * (torch.arange(P) < P - 2)),
+        "gets no noise",
+    ),
+    ("3.4", loop_in_pytorch(noise=two_in_turn), "in the difference of two"),
+    (
+        "3.4",
+        loop_in_pytorch(coins=lambda n, q, g: torch.rand(n, generator=g) < 1.25 * q),
+        "times as many records as n·q",
+    ),
+    ("3.4", loop_in_pytorch(coins=at_most_as_expected), "none of your batches is larger"),
+    ("3.4", loop_in_pytorch(coins=lambda n, q, g: (torch.rand(1, generator=g) < q).expand(n)), "move 1: "),
+    (
+        "3.4",
+        lambda model, data, s, sampling, noise: loop_in_pytorch()(
+            model, data, s, sampling, noise.manual_seed(sampling.initial_seed() + noise.initial_seed())
+        ),
+        "does not come from `noise`",
+    ),
     ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: batch), "a pair for each step"),
     ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (len(batch), weights)), "indices of records"),
     ("3.4", loop_in_pytorch(kept=lambda batch, model, weights: (batch, weights[:5])), "must be all weights in one row"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from verdicts import unexpected
 
 import dpteach
@@ -212,6 +212,11 @@ def shuffled_before(engine, model, X, y, batch_size, lr, noise_multiplier, max_g
 adam = opacus.parts(optimizer=torch.optim.Adam)
 
 
+def with_less_noise(model, optimizer, loader):
+    optimizer.noise_multiplier = 0.1
+    opacus.EPOCH(model, optimizer, loader)
+
+
 def moves_the_weights_too(model, optimizer, loader):
     for X, y in loader:
         optimizer.zero_grad()
@@ -347,6 +352,18 @@ def with_node(handler=None, **node):
     return lambda message, context: (handler or flower.train)(message, changed_context(context, node_config=node))
 
 
+def with_settings(settings):
+    def answer(message, context):
+        def made(sigma, C, **rest):
+            return settings(sigma, C, rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flower, "Settings", made)
+            return flower.train(message, context)
+
+    return answer
+
+
 def with_run(**run):
     return lambda message, context: flower.train(message, changed_context(context, run_config=run))
 
@@ -384,6 +401,7 @@ WRONG = [
     ("5.1", opacus.kept("model", "loader"), "right so far: optimizer. The loader: it is a plain"),
     ("5.1", adam, "The optimizer: clipping and noise are right, and the step is not"),
     ("5.2", opacus.train_private, "this ε is true"),
+    ("5.2", opacus.script(with_less_noise), "something else"),
     ("5.2", lambda *args: 1.0, "not the answer of an engine"),
     ("5.2", opacus.changed(opacus.train_private, noise_multiplier=9.0), "something else"),
     ("5.2", opacus.script(opacus.epoch(skip_empty=True)), "something else"),
@@ -433,6 +451,12 @@ WRONG = [
     ("7.2", with_node(**{"noise-multiplier": 3.0}), "another σ"),
     ("7.2", with_node(**{"max-grad-norm": 1.0}), "the noise in your weights is 2.0 times"),
     ("7.2", with_run(**{"batch-size": 100}), "another number of steps"),
+    ("7.2", with_settings(lambda sigma, C, rest: dpteach.Settings(C, sigma, **rest)), "as clipping to C lets it"),
+    (
+        "7.2",
+        with_settings(lambda sigma, C, rest: dpteach.Settings(sigma * C / 1e6, 1e6, **rest)),
+        "as clipping to C lets",
+    ),
     ("7.2", with_run(lr=0.05), "the noise in your weights is 0.1 times"),
     ("7.4", lambda message, context: flower.train(message, context).content, "answers with Message"),
     ("7.4", with_node(flower.eve, **{"noise-multiplier": 9.0}), "it is not what it is after an honest round"),
@@ -589,6 +613,11 @@ def leaves_out_nan(model, optimizer, loader):
             optimizer.step()
 
 
+def with_another_norm(model, optimizer, loader):
+    optimizer.max_grad_norm = 1e6
+    opacus.EPOCH(model, optimizer, loader)
+
+
 def first_batch_only(model, optimizer, loader):
     opacus.EPOCH(model, optimizer, [next(iter(loader))])
 
@@ -602,6 +631,10 @@ def first_batch_only(model, optimizer, loader):
         ({"epoch": lambda *args: None}, "steps"),
         ({"epoch": first_batch_only}, "steps"),
         ({"epoch": with_another_criterion, **GHOST}, "old criterion"),
+        ({"dataset": lambda data: ConcatDataset([data, data])}, "twice"),
+        ({"dataset": lambda data: Subset(data, range(300))}, "left out"),
+        ({"epoch": with_less_noise}, "noise"),
+        ({"epoch": with_another_norm}, "norm"),
         ({"accountant": "gdp"}, "no bound"),
         ({"tell": functools.partial(by_hand, accountant="gdp")}, "no bound"),
         ({"tell": functools.partial(by_hand, target_delta=1e-5)}, "other delta"),

@@ -125,6 +125,26 @@ def test_flower_splits_the_noise_of_its_adaptive_way_as_the_stored_run_assumes()
     assert strategy.clipped_count_stddev == 1.0
 
 
+def test_the_noise_of_the_adaptive_way_fits_the_norm_that_clipped_and_not_the_next_one():
+    pytest.importorskip("flwr")
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+    from dpteach.exercises.flower import message
+    from dpteach.flower import server_app
+
+    config = {"num-nodes": 20, "clipping": "adaptive", "server-noise-multiplier": 1.0, "clipping-norm": 1.0}
+    strategy = server_app.central(server_app.FedAvg(), config)
+    sent = {"w": torch.zeros(100_000)}
+    far = {"w": torch.ones(100_000)}
+    strategy.current_arrays = ArrayRecord(sent)
+    told = {"arrays": ArrayRecord(far), "metrics": MetricRecord({"num-examples": 1})}  # all clipped
+    replies = [Message(RecordDict(told), reply_to=message(sent)) for _ in range(20)]
+    average, _ = strategy.aggregate_train(1, replies)
+    assert 0.8 < strategy.clipping_norm < 0.95  # Flower's falls where all were clipped, which is the wrong way round
+    noise = average.to_torch_state_dict()["w"].std().item() * 20
+    assert noise == pytest.approx(strategy.noise_multiplier, rel=0.02)  # times the norm of 1 that clipped them
+
+
 def test_the_stored_thousand_clients_have_the_epsilon_of_each_and_a_better_model():
     rows = load("many-clients")
     assert [(row["clients"], row["round"]) for row in rows] == [(n, k) for n in (10, 100, 1000) for k in range(1, 6)]

@@ -282,6 +282,18 @@ def test_each_way_to_client_level_privacy_does_at_the_node_what_it_says(context,
         assert moved.norm() > 0.5  # as it is: the server clips
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("clipping", "server"), ("local-epsilon", 1e6), ("clipping-norm", 1e6), ("server-target-delta", 0.9)],
+)
+def test_a_run_can_not_take_from_a_node_the_noise_of_its_own(context, tmp_path, monkeypatch, key, value):
+    context.run_config |= {**WHOLE_CLIENT, "clipping": "local"}
+    context.node_config |= {**WHOLE_CLIENT, "clipping": "local"}
+    assert "arrays" in asked(context)
+    context.run_config[key] = value
+    assert f"{key} must be {context.node_config[key]!r}, as this node's own" in refused(context, tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize("clipping", ["client", "local"])
 def test_a_refusal_comes_through_flowers_mods(context, clipping):
     context.run_config |= {**WHOLE_CLIENT, "clipping": clipping, "noise-multiplier": 0.0}

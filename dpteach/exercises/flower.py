@@ -225,6 +225,13 @@ _SAID = {
 }
 
 
+_SAID["clip"] = (
+    "on records that are all alike, a round of yours moves the weights {:.1f} times as far along their gradient as "
+    "clipping to C lets it. Something is not clipped to the node's C: are σ and C in their places, is there a step "
+    "beside the private ones?"
+)
+
+
 class _PowerCut(BaseException):
     pass
 
@@ -255,14 +262,19 @@ class _Node:
         }
         self.new()
 
+    def alike(self) -> None:
+        """From now on, all its records are the same one, and loud."""
+        X, y = torch.ones(_N, 1, 28, 28), torch.zeros(_N, dtype=torch.long)
+        torch.save({"X": X, "y": y}, self.config["data"])
+
     def new(self) -> None:
         """A ledger with nothing in it, a SuperNode with nothing in its memory."""
         Path(self.file).unlink(missing_ok=True)
         Ledger(self.file, new=True)
         self.restart()
 
-    def restart(self) -> None:
-        run = {"lr": _LR, "batch-size": _BATCH, "records": 0}
+    def restart(self, lr: float = _LR) -> None:
+        run = {"lr": lr, "batch-size": _BATCH, "records": 0}
         self.context = Context(1, 1, dict(self.config), RecordDict(), run)
 
     def ask(self) -> Any:
@@ -329,7 +341,23 @@ def _examined(fn: Callable, args: tuple) -> Any:
         times = _noise(node.sent, weights, sigma, C)
         if not 0.9 < times < 1.1:
             raise Complaint(_SAID["noise"] if times < 1e-3 else _SAID["scale"].format(times))
+        node.alike()
+        node.new()
+        node.restart(lr=_LR / 10)  # so that they stay loud
+        if not 0.5 < (far := _along(node.sent, node.ask()[1], C, _LR / 10)) < 1.5:
+            raise Complaint(_SAID["clip"].format(far))
     return {"right": 1.0}
+
+
+def _along(sent: dict, weights: dict, C: float, lr: float) -> float:
+    """How far along the gradient of :meth:`_Node.alike`'s record the weights moved; 1 where each row is C long."""
+    model = models.mlp(784, 64, 10)
+    model.load_state_dict(sent)
+    torch.nn.functional.cross_entropy(model(torch.ones(1, 1, 28, 28)), torch.zeros(1, dtype=torch.long)).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    norm = sum(g.square().sum() for g in gradient.values()).sqrt()
+    along = sum(((sent[name] - weights[name]) * g).sum() for name, g in gradient.items()) / norm
+    return float(along) / (lr * C * _STEPS)  # as many records as are expected in a batch, in each step
 
 
 def _check_the_count(first, second, third, charges, spent, sigma) -> None:

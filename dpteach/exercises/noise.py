@@ -586,6 +586,31 @@ def _sized(n, q, steps, generator):
     return (torch.randperm(n, generator=generator)[: round(n * q)] for _ in range(steps))
 
 
+def _dealt(n, q, steps, generator):
+    for k in range(steps):
+        if k % round(1 / q) == 0:  # a new epoch
+            whose = torch.randint(round(1 / q), (n,), generator=generator)
+        yield (whose == k % round(1 / q)).nonzero().flatten()
+
+
+def _again(n, q, steps, generator):
+    epoch = list(poisson_batches(n, q, round(1 / q), generator))
+    return (epoch[k % len(epoch)] for k in range(steps))
+
+
+def _one_draw_an_epoch(model, data, s, sampling, noise):
+    steps = []
+
+    def gradient(rows, s, size, noise):
+        if len(steps) % s.steps_per_epoch(len(data)) == 0:
+            steps.append(torch.randn(rows.shape[1], generator=noise))
+        else:
+            steps.append(steps[-1])
+        return (clip(rows, s.max_grad_norm).sum(0) + s.noise_multiplier * s.max_grad_norm * steps[-1]) / size
+
+    return stepping(gradient)(model, data, s, sampling, noise)
+
+
 def _skips_the_empty(model, data, s, sampling, noise):
     n, q, steps = len(data), s.sample_rate(len(data)), []
     for batch in poisson_batches(n, q, s.epochs * s.steps_per_epoch(n), sampling):
@@ -602,13 +627,23 @@ _LOOP_TRAITS = {
     "twice": "move 1: a record stands in one of your batches twice. It then moves the sum by up to 2·C.",
     "size": "move 1: on average your batches hold {times:.2g} times as many records as n·q.",
     "fixed": "move 1: your batches always have the same size. Let each record flip its own coin.",
+    "capped": "move 1: none of your batches is larger than n·q: then one record that gets in keeps another out. A "
+    "batch is as large as the coins say.",
+    "varies": "move 1: the sizes of your batches vary {times:.2g} times as much as those of independent coins.",
+    "dealt": "move 1: in how many batches a record is varies {times:.2g} times as much as with a coin for each "
+    "batch. 0: you deal the records out, each once an epoch. More than 1: batches are used again. Flip every record's "
+    "coin anew in every step.",
     "weights": "with σ = 0, your weights are not those of clipped gradients, summed, divided by n·q and multiplied by "
     "lr. Look at moves 2 and 3, and at the step.",
     "coordinates": "move 4: the noise is the same in every coordinate: it cancels in the difference of two. Draw one "
     "number for each.",
     "spread": "move 4: the noise on the sum has {times:.3g} times the standard deviation σ·C that it must have.",
     "mean": "move 4: your noise is not centred at zero, or the sum under it is not that of the clipped gradients.",
-    "in turn": "move 4: the noise of one step can be told from that of the step before. Draw anew in each.",
+    "bare": "move 4: one of the weights gets no noise, and shows what it learned. Draw one number for each weight.",
+    "in turn": "move 4: the noise of one step can be told from that of another: in their sum or difference it is gone. "
+    "Draw anew in each step, also within an epoch.",
+    "by size": "move 4: the noise on the sum depends on how many records are in the batch: in one of your steps it has "
+    "{times:.3g} times the standard deviation σ·C.",
     "empty": "move 4: in the step of an empty batch, the noise on the sum has {times:.3g} times the standard deviation "
     "σ·C. It gets the same noise as any other.",
     "sampling": "move 1: your batches do not come from `sampling`: the same seed must give the same ones again, and "
@@ -675,25 +710,44 @@ def _loop_traits(fn: Any, args: tuple) -> Any:
     left = (path[:-1] - path[1:]) * scale - torch.stack(right) / (sigma or 1)  # of what was added up, in σ·C
     seeds = sampling.initial_seed(), noise.initial_seed()
 
-    def repeated(sampling: int = seeds[0], noise: int = seeds[1]) -> Tensor:
-        return _run(fn, (copy.deepcopy(fresh), data, s, _seed(sampling), _seed(noise)))[1]
+    def again(sampling: int = seeds[0], noise: int = seeds[1]) -> tuple[list[Tensor], Tensor]:
+        return _run(fn, (copy.deepcopy(fresh), data, s, _seed(sampling), _seed(noise)))
+
+    def repeated(**seed: int) -> Tensor:
+        return again(**seed)[1]
 
     if sigma == 0:
+        others, elsewhere = again(sampling=99)
+        own = torch.equal(repeated(), path) and not torch.equal(elsewhere, path)
+        runs = torch.stack([counts, torch.stack([torch.bincount(b, minlength=n) for b in others])]).double()
+        by_chance = n * q * (1 - q), len(batches) * q * (1 - q)
         return {
             "twice": float((counts > 1).any()),
-            "size": _near(sizes.mean() / (n * q), 0.25),
+            "size": _near(runs.mean() / q, 0.12),
             "fixed": float((sizes == sizes[0]).all()),
+            "capped": float(runs.sum(2).max() < n * q + 1),
+            "varies": _near(runs.sum(2).var() / by_chance[0], 0.95),
+            "dealt": _near(runs.sum(1).var() / by_chance[1], 0.4),
             "weights": float(not left.abs().max() < 1e-3),
-            "sampling": float(torch.equal(repeated(), path) and not torch.equal(repeated(sampling=99), path)),
+            "sampling": float(own and torch.equal(repeated(noise=99), path)),  # the noise has no say in it
         }
+    alike = torch.corrcoef(left).fill_diagonal_(0)  # of the noise of any two steps
+    in_turn = _near(1 + alike.flatten()[alike.abs().argmax()], 0.2)
     if q < 1:
-        return {"empty": _near(left[sizes == 0].std(), 0.08) if (sizes == 0).any() else 0.0}
+        each = left.std(dim=1)
+        return {
+            "empty": _near(left[sizes == 0].std(), 0.08) if (sizes == 0).any() else 0.0,
+            "by size": _near(each[(each - 1).abs().argmax()], 0.15),
+            "in turn": in_turn,
+        }
+    own = torch.equal(repeated(), path) and not torch.equal(repeated(noise=99), path)
     return {
         "coordinates": _near(left.std(dim=1).mean() / left.std(), 0.5),
         "spread": _near(left.std(), 0.03),
+        "bare": float(left.std(dim=0).min() < 0.05),
         "mean": _near(1 + left.mean(), 0.06),
-        "in turn": _near(1 + (left[1:] * left[:-1]).mean(), 0.1),
-        "noise": float(torch.equal(repeated(), path) and not torch.equal(repeated(noise=99), path)),
+        "in turn": in_turn,
+        "noise": float(own and torch.allclose(repeated(sampling=99), path, atol=1e-4)),  # all are in, whoever is drawn
     }
 
 
@@ -726,7 +780,9 @@ exercise_3_4 = coding(
     inputs=[
         _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=0.3, epochs=3, batch_size=7),
         _loop_input(6, 7, 0, noise_multiplier=0.0, max_grad_norm=1.3, epochs=3, batch_size=7),
-        _loop_input(4, 40, 1, noise_multiplier=0.0, max_grad_norm=1.3, epochs=5, batch_size=10),
+        _loop_input(
+            4, 133, 1, noise_multiplier=0.0, max_grad_norm=1.3, epochs=4, batch_size=30
+        ),  # q is 1/5, not 30 / 133
         _loop_input(250, 3, 2, noise_multiplier=1.5, max_grad_norm=2.0, epochs=8, batch_size=3),
         _loop_input(250, 4, 3, noise_multiplier=1.0, max_grad_norm=0.5, epochs=5, batch_size=1),  # often empty
     ],
@@ -844,6 +900,31 @@ exercise_3_4 = coding(
             ),
             "move 1: `torch.randint` can draw a record twice in one batch. It then moves the sum by 2·C, and the noise "
             "is made for C.",
+        ),
+        Wrong(
+            stepping(_right, _dealt),
+            "move 1: you deal the records out, so that each is in one batch an epoch. That is a shuffle, with sizes "
+            "that vary: a coin has no memory, and lets a record in twice in an epoch, or never.",
+        ),
+        Wrong(
+            stepping(_right, _again),
+            "move 1: you draw the batches of one epoch, and use them again in the next ones. Who was in once is in "
+            "every time. Flip all the coins anew in every step.",
+        ),
+        Wrong(
+            _one_draw_an_epoch,
+            "move 4: you draw the noise once an epoch, and add the same in each of its steps: in the difference of two "
+            "it is gone. Draw anew in every step.",
+        ),
+        Wrong(
+            stepping(
+                lambda rows, s, size, noise: (
+                    clip(rows, s.max_grad_norm).sum(0) / size
+                    + _noised(torch.zeros(rows.shape[1]), s, noise) / max(len(rows), 1)
+                )
+            ),
+            "move 4: the sum is divided by n·q, and the noise by the number of records in the batch. A large batch "
+            "gets too little, and the size can be read from it. Noise on the sum, then one division for both.",
         ),
         Wrong(
             stepping(lambda rows, s, size, noise: _right(rows, s, size, None)),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from dpteach.data import two_moons
 from dpteach.exercises.core import (
@@ -466,11 +466,21 @@ FAULTS = {
     ),
     "noise": Wrong(
         changed(train_private, noise_multiplier=lambda run: run.noise_multiplier * run.max_grad_norm),
-        "make_private got another noise_multiplier than your function. The noise multiplier is σ alone: Opacus "
-        "multiplies it by C itself.",
+        "make_private, or a step, had another noise_multiplier than your function got. The noise multiplier is σ "
+        "alone: Opacus multiplies it by C itself.",
     ),
     "norm": Wrong(
-        changed(train_private, max_grad_norm=1.0), "make_private got another max_grad_norm than your function."
+        changed(train_private, max_grad_norm=1.0),
+        "make_private, or a step, had another max_grad_norm than your function got.",
+    ),
+    "twice": Wrong(
+        changed(train_private, data=lambda run: ConcatDataset([run.data, run.data])),
+        "your loader has more records than data. One that is there twice moves the sum by up to 2·C in a step that "
+        "takes both, and the noise is made for C: no ε that is printed holds.",
+    ),
+    "left out": Wrong(
+        changed(train_private, data=lambda run: Subset(run.data, range(len(run.data) // 2))),
+        "your loader has fewer records than data. Train on all of them.",
     ),
     "skips empty": Wrong(
         script(epoch(skip_empty=True)),
@@ -527,6 +537,7 @@ class _Notes:
         self.batches: list[list[int]] = []  # of each batch: its records, and the private steps before the next one
         self.asked: list[tuple[float, int, float]] = []  # δ, private steps so far, ε
         self.steps = self.all_steps = 0  # private ones; those of the learner's optimizer
+        self.strengths: set[tuple[float, float]] = set()  # σ and C, as the private steps had them
         self.weights: dict[torch.Tensor, torch.Tensor] = {}  # each weight, as the last step left it
         self.others = False  # something else has moved them
         self.losses = math.inf  # by the criterion that was returned, where there is one
@@ -543,8 +554,9 @@ class _Notes:
         self.losses = 0
         return counting
 
-    def private_step(self) -> None:
+    def private_step(self, optimizer: Any) -> None:
         self.look()
+        self.strengths.add((optimizer.noise_multiplier, optimizer.max_grad_norm))
         self.steps += 1
         if self.batches:
             self.batches[-1][1] += 1
@@ -588,7 +600,7 @@ def _engine(notes: _Notes) -> type:
         def make_private(self, **args):
             model, optimizer, *criterion, loader = super().make_private(**args)
             count = optimizer.step_hook
-            optimizer.attach_step_hook(lambda optimizer: (count(optimizer), notes.private_step()))
+            optimizer.attach_step_hook(lambda optimizer: (count(optimizer), notes.private_step(optimizer)))
             if not notes.calls:
                 optimizer.original_optimizer.register_step_post_hook(notes.after_step)
                 notes.weights = {w: w.detach().clone() for w in model.parameters()}
@@ -635,6 +647,7 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
     first = notes.calls[0]
     poisson = all(args.get("poisson_sampling", True) for args in notes.calls)
     old_optimizer = notes.all_steps > notes.steps
+    strengths = notes.strengths | {(args["noise_multiplier"], args["max_grad_norm"]) for args in notes.calls}
     skipped = any(steps for _, steps in notes.batches) and any(size == steps == 0 for size, steps in notes.batches[:-1])
     faults = {
         "old optimizer": old_optimizer,
@@ -645,8 +658,10 @@ def _faults_of_training(notes: _Notes, asked: Asked) -> list[str]:
         "batch size": first["data_loader"].batch_size not in (asked.batch_size, None),
         "many engines": sum(bool(engine.accountant.history) for engine in notes.engines) > 1,
         "history": sum(steps for engine in notes.engines for *_, steps in engine.accountant.history) < notes.steps,
-        "noise": any(args["noise_multiplier"] != asked.noise_multiplier for args in notes.calls),
-        "norm": any(args["max_grad_norm"] != asked.max_grad_norm for args in notes.calls),
+        "noise": any(sigma != asked.noise_multiplier for sigma, _ in strengths),
+        "norm": any(asked.max_grad_norm != C for _, C in strengths),
+        "twice": any(len(args["data_loader"].dataset) > asked.n for args in notes.calls),
+        "left out": any(len(args["data_loader"].dataset) < asked.n for args in notes.calls),
         "skips empty": skipped,
         "steps": not (skipped or old_optimizer or notes.others)
         and notes.steps != asked.epochs * len(first["data_loader"]),
@@ -737,9 +752,9 @@ def a_lie(PrivacyEngine, model, data, sigma, C, epochs, batch_size, delta):
 
 
 # What no accountant's number holds for, and what costs more than is told.
-NO_BOUND = {"old optimizer", "other optimizer", "not Poisson", "old loader", "old criterion"}
+NO_BOUND = {"old optimizer", "other optimizer", "not Poisson", "old loader", "old criterion", "twice"}
 UNCOUNTED = {"many engines", "history", "early"}
-OTHER_RUN = {"noise", "norm", "batch size", "steps", "skips empty"}
+OTHER_RUN = {"noise", "norm", "batch size", "steps", "skips empty", "left out"}
 REFUSED = {"no zero_grad", "no gradient"}
 
 

@@ -30,6 +30,9 @@ PRIVATE = ("dpsgd", "opacus")  # the methods that a run may choose from
 # What a node does with its records if its own --node-config doesn't say otherwise. A run can't change it.
 NODE = {"noise-multiplier": 1.3, "max-grad-norm": 1.0, "target-delta": 1e-5}
 ONLY_THE_NODES = {*NODE, "max-epsilon", "ledger", "ledgers", "data", "name", "partition-id", "num-partitions"}
+# How a whole client is protected. A run says so, but for what a node names itself: then the run must say the same. A
+# node that trusts nobody names clipping="local", or a run could have its update as it is.
+BOTH = ("clipping", "clipping-norm", "local-epsilon", "server-target-delta")
 VARIABLE = "DPTEACH_NODES"  # a file of JSON in place of --node-config, for virtual nodes, which have none
 
 
@@ -114,6 +117,9 @@ def check_request(node: dict, run: dict) -> None:
             "privacy must be 'sample' on this node, got 'client' from the run, which is training without noise: only "
             'the node\'s own --node-config can agree to that, with privacy="client"'
         )
+    for key in BOTH if run["privacy"] == "client" else ():
+        if node.get(key, run[key]) != run[key]:
+            raise ValueError(f"{key} must be {node[key]!r}, as this node's own --node-config says, got {run[key]!r}")
 
 
 def check_budget(node: dict, worker: Worker) -> None:

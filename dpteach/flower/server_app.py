@@ -66,10 +66,29 @@ def strict(strategy: type[Strategy]) -> type:
 
 
 ApartFedAvg = strict(NamedFedAvg)
-# Flower's central privacy. Who clips: the server; each client; the server, to a norm that half of the updates exceed.
+# Flower's central privacy: the server clips each client's update, or each client does.
 Central = strict(DifferentialPrivacyServerSideFixedClipping)
 CentralOfClipped = strict(DifferentialPrivacyClientSideFixedClipping)
-CentralAdaptive = strict(DifferentialPrivacyServerSideAdaptiveClipping)
+
+
+class CentralAdaptive(Strict, DifferentialPrivacyServerSideAdaptiveClipping):
+    """The server clips to a norm that it moves after each round.
+
+    Flower 1.42 moves the norm first and scales the round's noise to the new one, which can be smaller. Here the noise
+    fits the norm that clipped.
+    """
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]):
+        """As :class:`Strict`'s; keeps the norm that clips this round."""
+        self._clipped_to = self.clipping_norm
+        return super().aggregate_train(server_round, replies)
+
+    def _add_noise_to_aggregated_arrays(self, aggregated_arrays: ArrayRecord) -> ArrayRecord:
+        moved, self.clipping_norm = self.clipping_norm, self._clipped_to
+        try:
+            return super()._add_noise_to_aggregated_arrays(aggregated_arrays)
+        finally:
+            self.clipping_norm = moved
 
 
 def answers(server_round: int, replies: Iterable[Message], expected: int) -> list[Message]:
