@@ -77,6 +77,29 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "2 ** 48 -> its first value": "it is a constant",
         "i < j -> i <= j": "nobody shares with herself, so i is never j",
     },
+    "7.2": {
+        "'arrays' -> 'syarra' (again)": "the server takes the one ArrayRecord, whatever it is called",
+        "'metrics' -> 'scirtem'": "and the one MetricRecord",
+        "'who' -> 'ohw'": "and any ConfigRecord with a name",
+        "for _ in dpteach.train(model, data, settings, method='opacus'): -> for _ in list(dpteach.train(model, data, settings, method='opacus'))[1:]:": "all steps are trained, whoever looks",
+        "for _ in dpteach.train(model, data, settings, method='opacus'): -> for _ in list(dpteach.train(model, data, settings, method='opacus'))[:-1]:": "the same",
+        "…odel, data, settings, method='opacus') -> …odel, data, settings)": "the package's own loop costs and hides the same",
+    },
+    "7.4": {
+        "'arrays' -> 'syarra' (again)": "as for 7.2",
+        "'metrics' -> 'scirtem'": "as for 7.2",
+        "'who' -> 'ohw'": "as for 7.2",
+        "for _ in dpteach.train(model, data, settings, method='opacus'): -> for _ in list(dpteach.train(model, data, settings, method='opacus'))[1:]:": "as for 7.2",
+        "for _ in dpteach.train(model, data, settings, method='opacus'): -> for _ in list(dpteach.train(model, data, settings, method='opacus'))[:-1]:": "as for 7.2",
+        "1 -> 2": "without noise, how eve trains is her own choice",
+        "Settings(0.0, C, epochs=1, batch_size… -> Settings(0.0, epochs=1, batch_size…": "the same",
+        "node['max-grad-norm'] -> its first value": "the same",
+        "run['lr'] -> its first value": "the same",
+        "…=run['batch-size'], lr=run['lr'], seed=None) -> …=run['batch-size'], seed=None)": "the same",
+        "…odel, data, settings, method='opacus') -> …odel, data, settings)": "the same",
+        "…s, method='opacus'): -> …s, method='opacus'):": "the same",
+        "…size'], lr=run['lr'], seed=None) -> …size'], lr=run['lr'])": "the same",
+    },
     "11.1": {
         "int((log_probabilities >= log_probabilities[secret]).sum()) -> (log_probabilities >= log_probabilities[secret]).sum()": (
             "math.log2 takes a tensor of one number, too"

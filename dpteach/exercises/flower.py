@@ -195,7 +195,8 @@ def train(message, context):
     return Message(RecordDict(told), reply_to=message)
 
 
-_N, _BATCH, _STEPS, _LR = 200, 40, 5, 0.5
+# σ, C, δ, records, batch size, learning rate: of a node, and of its run.
+_NODES = [lambda: (1.5, 0.5, 1e-4, 200, 40, 0.5), lambda: (1.2, 1.0, 1e-5, 280, 70, 0.4)]
 _DARK = 280  # pixels that are 0 in all records: the weights behind them move by nothing but noise
 _MAY_TELL = {"epsilon", "num-examples", "steps"}
 
@@ -211,7 +212,7 @@ _SAID = {
     "knows it subtracts the noise. Settings(…, seed=None) takes it from the operating system.",
     "loss": "your reply tells more than epsilon and num-examples. What is computed from private records without noise, "
     "a loss for instance, is not covered by ε.",
-    "steps": f"after two rounds of {_STEPS} steps your ledger has another number of steps. A round is one epoch: "
+    "steps": "after two rounds your ledger has another number of steps. A round is one epoch: "
     "settings.steps_per_epoch(len(data)) steps, charged once.",
     "sigma": "the ledger has another σ than the node's: charge node['noise-multiplier'].",
     "rate": "the sample rate in your ledger is not that of the training: settings.sample_rate(len(data)).",
@@ -237,18 +238,19 @@ class _PowerCut(BaseException):
 
 
 @cache
-def _own_records() -> Any:
-    X = torch.rand(_N, 1, 28, 28, generator=torch.Generator().manual_seed(72))
+def _own_records(n: int) -> Any:
+    X = torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(72))
     X[:, :, : _DARK // 28] = 0.0
-    return {"X": X, "y": torch.arange(_N) % 10}
+    return {"X": X, "y": torch.arange(n) % 10}
 
 
 class _Node:
     """A node in a folder of its own, whose handler is the learner's."""
 
-    def __init__(self, fn: Callable, folder: str, sigma: float, C: float, delta: float):
+    def __init__(self, fn: Callable, folder: str, sigma: float, C: float, delta: float, n: int, batch: int, lr: float):
         self.fn, self.sigma, self.C, self.delta, self.file = fn, sigma, C, delta, str(Path(folder, "alice.json"))
-        torch.save(_own_records(), Path(folder, "alice.pt"))
+        self.n, self.batch, self.steps, self.lr = n, batch, n // batch, lr
+        torch.save(_own_records(n), Path(folder, "alice.pt"))
         self.sent = models.mlp(784, 64, 10, seed=1).state_dict()
         self.config = {
             "name": "alice",
@@ -264,7 +266,7 @@ class _Node:
 
     def alike(self) -> None:
         """From now on, all its records are the same one, and loud."""
-        X, y = torch.ones(_N, 1, 28, 28), torch.zeros(_N, dtype=torch.long)
+        X, y = torch.ones(self.n, 1, 28, 28), torch.zeros(self.n, dtype=torch.long)
         torch.save({"X": X, "y": y}, self.config["data"])
 
     def new(self) -> None:
@@ -273,12 +275,15 @@ class _Node:
         Ledger(self.file, new=True)
         self.restart()
 
-    def restart(self, lr: float = _LR) -> None:
-        run = {"lr": lr, "batch-size": _BATCH, "records": 0}
+    def restart(self) -> None:
+        run = {"lr": self.lr, "batch-size": self.batch, "records": 0}
         self.context = Context(1, 1, dict(self.config), RecordDict(), run)
 
     def ask(self) -> Any:
-        return _answer(attempted(self.fn(message(self.sent), self.context)))
+        told, weights, examples = _answer(attempted(self.fn(message(self.sent), self.context)))
+        if examples != self.n:
+            raise Complaint("num-examples is not the number of the node's records: the server weighs by it.")
+        return told, weights
 
     def power_cut(self) -> None:
         """The same, until the first step."""
@@ -299,8 +304,8 @@ class _Node:
         return Ledger(self.file)
 
 
-def _answer(reply: Any) -> tuple[float, dict]:
-    """ε, and the weights, of a reply that a server can use."""
+def _answer(reply: Any) -> tuple[float, dict, float]:
+    """ε, the weights, and the number of records, of a reply that a server can use."""
     if not isinstance(reply, Message):
         raise Complaint(f"a handler answers with Message(content, reply_to=message), got {type(reply).__name__}.")
     content = reply.content
@@ -317,19 +322,19 @@ def _answer(reply: Any) -> tuple[float, dict]:
         raise Complaint('your reply does not say whose it is: add "who": ConfigRecord({"name": node["name"]}).')
     if any(name.startswith("_module.") for name in weights):
         raise Complaint("the names of your weights begin with '_module.': send the bare model, not Opacus' wrapper.")
-    return float(metrics["epsilon"]), weights.to_torch_state_dict()
+    return float(metrics["epsilon"]), weights.to_torch_state_dict(), float(metrics["num-examples"])
 
 
 def _examined(fn: Callable, args: tuple) -> Any:
-    sigma, C, delta = args
+    sigma, _, delta, *_ = args
     with tempfile.TemporaryDirectory() as folder:
-        node = _Node(fn, folder, sigma, C, delta)
+        node = _Node(fn, folder, *args)
         (first, weights), (second, _) = node.ask(), node.ask()
         charges, after_two = node.ledger.charges, node.ledger
         spent = {a: after_two.epsilon(target_delta=delta, accountant=a) for a in ("rdp", "prv")} if charges else {}
         node.restart()
         third, _ = node.ask()
-        _check_the_count(first, second, third, charges, spent, sigma)
+        _check_the_count(first, second, third, charges, spent, node)
         node.new()
         node.power_cut()
         if not node.ledger.count:
@@ -338,37 +343,38 @@ def _examined(fn: Callable, args: tuple) -> Any:
         again = node.ask()[1]
         if all(torch.equal(again[name], weights[name]) for name in weights):
             raise Complaint(_SAID["seed"])
-        times = _noise(node.sent, weights, sigma, C)
+        times = _noise(node, weights)
         if not 0.9 < times < 1.1:
             raise Complaint(_SAID["noise"] if times < 1e-3 else _SAID["scale"].format(times))
         node.alike()
         node.new()
-        node.restart(lr=_LR / 10)  # so that they stay loud
-        if not 0.5 < (far := _along(node.sent, node.ask()[1], C, _LR / 10)) < 1.5:
+        node.lr /= 10  # so that they stay loud
+        node.restart()
+        if not 0.5 < (far := _along(node, node.ask()[1])) < 1.5:
             raise Complaint(_SAID["clip"].format(far))
     return {"right": 1.0}
 
 
-def _along(sent: dict, weights: dict, C: float, lr: float) -> float:
+def _along(node: _Node, weights: dict) -> float:
     """How far along the gradient of :meth:`_Node.alike`'s record the weights moved; 1 where each row is C long."""
     model = models.mlp(784, 64, 10)
-    model.load_state_dict(sent)
+    model.load_state_dict(node.sent)
     torch.nn.functional.cross_entropy(model(torch.ones(1, 1, 28, 28)), torch.zeros(1, dtype=torch.long)).backward()
     gradient = {name: p.grad for name, p in model.named_parameters()}
     norm = sum(g.square().sum() for g in gradient.values()).sqrt()
-    along = sum(((sent[name] - weights[name]) * g).sum() for name, g in gradient.items()) / norm
-    return float(along) / (lr * C * _STEPS)  # as many records as are expected in a batch, in each step
+    along = sum(((node.sent[name] - weights[name]) * g).sum() for name, g in gradient.items()) / norm
+    return float(along) / (node.lr * node.C * node.steps)  # as many records as are expected in a batch, in each step
 
 
-def _check_the_count(first, second, third, charges, spent, sigma) -> None:
+def _check_the_count(first, second, third, charges, spent, node: _Node) -> None:
     steps = sum(charge.steps for charge in charges)
     wrong = {
         "engine": math.isclose(first, second, rel_tol=1e-6),
         "state": third < second * (1 - 1e-6),
         "silent": not charges,
-        "sigma": any(charge.noise_multiplier != sigma for charge in charges),
-        "steps": steps != 2 * _STEPS,
-        "rate": not all(math.isclose(charge.sample_rate, 1 / _STEPS) for charge in charges),
+        "sigma": any(charge.noise_multiplier != node.sigma for charge in charges),
+        "steps": steps != 2 * node.steps,
+        "rate": not all(math.isclose(charge.sample_rate, 1 / node.steps) for charge in charges),
         "prv": charges and math.isclose(second, spent["prv"], rel_tol=1e-3),
         "delta": charges and not math.isclose(second, spent["rdp"], rel_tol=1e-4),
     }
@@ -376,11 +382,11 @@ def _check_the_count(first, second, third, charges, spent, sigma) -> None:
         raise Complaint(_SAID[found])
 
 
-def _noise(sent: dict, weights: dict, sigma: float, C: float) -> float:
+def _noise(node: _Node, weights: dict) -> float:
     """In units of what was charged, by the weights behind pixels that are 0 in all records: only noise moves them."""
-    name = next(name for name, value in sent.items() if value.ndim == 2 and value.shape[1] == 784)
-    moved = (weights[name] - sent[name])[:, :_DARK].std().item()
-    return moved / (_LR * sigma * C * _STEPS**0.5 / _BATCH)
+    name = next(name for name, value in node.sent.items() if value.ndim == 2 and value.shape[1] == 784)
+    moved = (weights[name] - node.sent[name])[:, :_DARK].std().item()
+    return moved / (node.lr * node.sigma * node.C * node.steps**0.5 / node.batch)
 
 
 def _handler(**changes: Any) -> Callable:
@@ -422,7 +428,7 @@ exercise_7_2 = coding(
     hint="In this order: the ledger is opened and charged, `dpteach.train` trains, the ledger is asked for ε, and the "
     "answer goes back. `settings.sample_rate(n)` and `settings.steps_per_epoch(n)` are what one epoch costs.",
     reference=train,
-    inputs=[lambda: (1.5, 0.5, 1e-4)],
+    inputs=_NODES,
     observe=_examined,
     wrong=[
         Wrong(_handler(engine=True), _SAID["engine"]),
@@ -469,18 +475,20 @@ _SEEN = {
 
 
 def _unseen(fn: Callable, args: tuple) -> Any:
-    sigma, C, delta = args
+    sigma, _, delta, *_ = args
     with tempfile.TemporaryDirectory() as folder:
-        node = _Node(fn, folder, sigma, C, delta)
+        node = _Node(fn, folder, *args)
         told, weights = node.ask()
         charges, spent = node.ledger.charges, node.ledger.epsilon(target_delta=delta, accountant="rdp")
-    if [(c.noise_multiplier, c.steps, round(c.sample_rate, 6)) for c in charges] != [(sigma, _STEPS, 1 / _STEPS)]:
+    if [(c.noise_multiplier, c.steps, round(c.sample_rate, 6)) for c in charges] != [
+        (sigma, node.steps, round(1 / node.steps, 6))
+    ]:
         raise Complaint(_SEEN["ledger"])
     if not math.isclose(told, spent, rel_tol=1e-4):
         raise Complaint(_SEEN["epsilon"])
     if all(torch.equal(weights[name], node.sent[name]) for name in weights):
         raise Complaint(_SEEN["nothing"])
-    if (times := _noise(node.sent, weights, sigma, C)) > 1e-3:
+    if (times := _noise(node, weights)) > 1e-3:
         raise Complaint(_SEEN["noise" if times > 0.9 else "less"])
     return {"right": 1.0}
 
@@ -501,7 +509,7 @@ exercise_7_4 = coding(
     hint="Alice sees her ledger and the ε that is reported. Which line of `train` makes the noise, and which one pays "
     "for it? Nothing ties them together.",
     reference=eve,
-    inputs=[lambda: (1.5, 0.5, 1e-4)],
+    inputs=_NODES,
     observe=_unseen,
     wrong=[
         Wrong(train, _SEEN["noise"]),
