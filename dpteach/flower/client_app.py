@@ -118,8 +118,10 @@ def check_request(node: dict, run: dict) -> None:
             'the node\'s own --node-config can agree to that, with privacy="client"'
         )
     for key in BOTH if run["privacy"] == "client" else ():
-        if node.get(key, run[key]) != run[key]:
-            raise ValueError(f"{key} must be {node[key]!r}, as this node's own --node-config says, got {run[key]!r}")
+        if key in node and node[key] != run.get(key):
+            raise ValueError(
+                f"{key} must be {node[key]!r}, as this node's own --node-config says, got {run.get(key)!r}"
+            )
 
 
 def check_budget(node: dict, worker: Worker) -> None:
